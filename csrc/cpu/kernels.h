@@ -1,0 +1,65 @@
+// What the bindings may call: one table of functions per instruction set, and the structs they take.
+//
+// Every function returns nullptr, or a sentence that says what went wrong (memory ran out). Shapes, dtypes and aliasing were
+// checked before; kernels trust what they are given.
+#pragma once
+#include "tensor.h"
+
+namespace pixelbytes {
+
+// One direction of a selective scan. Letters as in the paper: u, delta (batch, dim, seqlen); A (dim, dstate); B, C
+// (dim, dstate) constant in time or (batch, groups, dstate, seqlen); D, delta_bias (dim); states (batch, dim, dstate).
+// In the second direction a null u, delta, A, B, C, D or delta_bias is shared with the first, values and gradients.
+struct ScanDirection {
+  bool reverse = false;
+  Tensor u, delta, A, B, C, D, delta_bias, initial_state;
+  Tensor last_state;  // out, or null
+  Tensor states;      // state at each chunk's entry, flat, see scan_states_size: out of the forward (or null), into the backward
+  Tensor dlast_state;
+  // Gradients, null where unwanted. du, ddelta: any layout and dtype. The others contiguous in the compute type: dA (dim, dstate),
+  // dB, dC (dim, dstate) or (batch, groups, seqlen, dstate), dD, ddelta_bias (dim), dinitial_state (batch, dim, dstate).
+  Tensor du, ddelta, dA, dB, dC, dD, ddelta_bias, dinitial_state;
+};
+
+struct ScanArgs {
+  int directions = 1;
+  ScanDirection direction[2];
+  Tensor z, seq_idx;       // (batch, dim, seqlen), (batch, seqlen)
+  Tensor out;              // (batch, dim, seqlen)
+  Tensor dout, dz;         // backward only
+  double scale = 1.0;      // out = scale * (sum over directions) * silu(z)
+  bool delta_softplus = false;
+  bool use_double = false; // compute type fp64 instead of fp32
+  int threads = 1;
+};
+
+// x (batch, dim, seqlen), weight (dim, width), bias (dim), seq_idx (batch, seqlen), initial_states / final_states (batch, dim, width - 1).
+struct ConvArgs {
+  Tensor x, weight, bias, seq_idx, initial_states;
+  Tensor out, final_states;
+  Tensor dout, dfinal_states;
+  Tensor dx, dweight, dbias, dinitial_states;  // dweight, dbias contiguous in the compute type
+  bool silu = false, reverse = false, use_double = false;
+  int threads = 1;
+};
+
+// tokens (n, 9) integer ids; table (9, vocab, dim) and constant (dim): see the folding in pixelbytes_kernels/ops/pxby_embed.
+struct EmbedArgs {
+  Tensor tokens, table, constant, norm_weight, norm_bias, out, mean, rstd;
+  Tensor dout, dtable, dconstant, dnorm_weight, dnorm_bias;
+  double eps = 1e-5;
+  int threads = 1;
+};
+
+struct Kernels {
+  const char* name;
+  int lanes;  // fp32 values in a vector
+  int64_t (*scan_states_size)(int64_t batch, int64_t groups, int64_t dim, int64_t seqlen, int64_t dstate, bool use_double);
+  const char* (*scan_forward)(const ScanArgs&);
+  const char* (*scan_backward)(const ScanArgs&);
+};
+
+const Kernels& best_kernels();                  // for this processor, or what PIXELBYTES_CPU_ISA names
+const Kernels* kernels_named(const char* name); // null if this build or processor lacks it
+
+}  // namespace pixelbytes

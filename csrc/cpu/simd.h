@@ -1,0 +1,267 @@
+// Vectors of the instruction set this file is compiled for, and the few functions the kernels need on them.
+//
+// Width follows the compiler's flags: 64 bytes with AVX-512, 32 with AVX2, 16 elsewhere (SSE2, NEON). Everything lives in an
+// anonymous namespace and uses no std:: template: the same source is compiled several times, and the linker must never
+// merge a baseline function with one that needs AVX-512.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#include "tensor.h"
+
+namespace pixelbytes {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVecBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVecBytes = 32;
+#else
+constexpr int kVecBytes = 16;
+#endif
+
+template <class T>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  typedef float type __attribute__((vector_size(kVecBytes), may_alias));
+  typedef int32_t mask __attribute__((vector_size(kVecBytes), may_alias));
+};
+template <>
+struct VecOf<double> {
+  typedef double type __attribute__((vector_size(kVecBytes), may_alias));
+  typedef int64_t mask __attribute__((vector_size(kVecBytes), may_alias));
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+template <class T>
+using Mask = typename VecOf<T>::mask;
+typedef Vec<float> vf;
+typedef Mask<float> vi;
+typedef Vec<double> vd;
+
+template <class T>
+constexpr int kLanes = kVecBytes / int(sizeof(T));
+
+// A number as a type, for generic lambdas (std::integral_constant would be a shared template).
+template <int kValue>
+struct ConstantInt {
+  static constexpr int value = kValue;
+};
+
+template <class T>
+inline Vec<T> load(const T* p) {
+  Vec<T> v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+inline void store(T* p, Vec<T> v) {
+  memcpy(p, &v, sizeof v);
+}
+template <class T>
+inline Vec<T> splat(T x) {
+  return x - Vec<T>{};  // x - 0 keeps NaN and the sign of zero
+}
+template <class T>
+inline Vec<T> lane_index() {
+  Vec<T> v;
+  for (int i = 0; i < kLanes<T>; ++i) v[i] = T(i);
+  return v;
+}
+inline vf select(vi m, vf a, vf b) { return m ? a : b; }
+inline vd select(Mask<double> m, vd a, vd b) { return m ? a : b; }
+// NaN in `x` survives both: the comparison is false and x is kept.
+template <class V>
+inline V at_least(V x, V low) {
+  return x < low ? low : x;
+}
+template <class V>
+inline V at_most(V x, V high) {
+  return x > high ? high : x;
+}
+
+// ---- 2^y, float ------------------------------------------------------------------------------------------------------
+// y is split as k / S + r with S table entries per octave; k comes from adding a magic number, whose rounding leaves k in the
+// low mantissa bits. Relative error below 1.1e-7 on every path.
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLog2eLow = float(1.4426950408889634 - double(1.4426950408889634f));
+constexpr float kLn2 = 0.6931471805599453f;
+
+#if defined(__AVX512F__)
+constexpr float kMagic = 393216.0f;  // 1.5 * 2^(23 - 5): 32 steps per octave
+// [y] must lie in [kExp2Low, kExp2High] for exp2_split to be exact to rounding; scalef under- and overflows as it should.
+constexpr float kExp2Low = -65536.0f, kExp2High = 65536.0f;
+alignas(64) constexpr float kExp2Table[32] = {
+    1.0f,         1.02189715f,  1.04427378f,  1.06714042f,  1.09050773f,  1.11438674f,  1.13878863f,  1.16372487f,
+    1.18920712f,  1.2152474f,   1.24185781f,  1.26905096f,  1.29683955f,  1.32523665f,  1.35425555f,  1.38390988f,
+    1.41421356f,  1.44518081f,  1.47682614f,  1.50916443f,  1.54221083f,  1.57598085f,  1.61049033f,  1.6457555f,
+    1.68179283f,  1.71861930f,  1.75625216f,  1.79470907f,  1.83400809f,  1.87416764f,  1.91520656f,  1.95714412f};
+
+inline vf exp2_split(vf t, vf tn, vf r) {
+  const __m512 low = _mm512_load_ps(kExp2Table), high = _mm512_load_ps(kExp2Table + 16);
+  const vf table = (vf)_mm512_permutex2var_ps(low, _mm512_castps_si512((__m512)t), high);
+  const vf q = r * (0.69315735f + r * 0.24022846f);
+  return (vf)_mm512_scalef_ps((__m512)(table + table * q), (__m512)tn);
+}
+#elif defined(__AVX2__)
+constexpr float kMagic = 1572864.0f;  // 1.5 * 2^(23 - 3): 8 steps per octave
+constexpr float kExp2Low = -126.0f, kExp2High = 126.0f;
+
+inline vf exp2_split(vf t, vf, vf r) {
+  // 2^(j/8) with j << 20 taken off its bits, so that adding t << 20 gives 2^(n + j/8) in one step.
+  const __m256i table = _mm256_setr_epi32(0x3f800000, 0x3f8b95c2 - (1 << 20), 0x3f9837f0 - (2 << 20), 0x3fa5fed7 - (3 << 20),
+                                          0x3fb504f3 - (4 << 20), 0x3fc5672a - (5 << 20), 0x3fd744fd - (6 << 20),
+                                          0x3feac0c7 - (7 << 20));
+  const __m256i k = _mm256_castps_si256((__m256)t);
+  const vf s = (vf)_mm256_castsi256_ps(_mm256_add_epi32(_mm256_permutevar8x32_epi32(table, k), _mm256_slli_epi32(k, 20)));
+  const vf q = r * (0.69314717f + r * (0.24025782f + r * 0.05551062f));
+  return s + s * q;
+}
+#else
+constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: whole octaves
+constexpr float kExp2Low = -126.0f, kExp2High = 126.0f;
+
+inline vf exp2_split(vf t, vf, vf r) {
+  const vf p = 1.0f + r * (0.6931472f + r * (0.240226511f + r * (0.0555034067f + r * (0.00961803993f +
+                                                                 r * (0.00133952854f + r * 0.000154653180f)))));
+  vi bits;
+  memcpy(&bits, &p, sizeof p);
+  vi k;
+  memcpy(&k, &t, sizeof t);
+  bits += k << 23;
+  vf out;
+  memcpy(&out, &bits, sizeof out);
+  return out;
+}
+#endif
+
+// 2^(a b). kSafe promises that a b is within [2^-16.., kExp2High] and not NaN (the caller checked a whole chunk at once).
+template <bool kSafe>
+inline vf exp2_product(vf a, vf b) {
+  const vf magic = splat(kMagic);
+#if defined(__AVX512F__)
+  if constexpr (kSafe) {
+    const vf t = a * b + magic, tn = t - magic;
+    return exp2_split(t, tn, a * b - tn);
+  }
+#endif
+  const vf y = a * b;
+  vf c = at_least(y, splat(kSafe ? kExp2Low : (kExp2Low < -200.0f ? -200.0f : kExp2Low)));
+  if constexpr (!kSafe) c = at_most(c, splat(kExp2High > 200.0f ? 200.0f : kExp2High));
+  const vf t = c + magic, tn = t - magic;
+  vf p = exp2_split(t, tn, c - tn);
+  if constexpr (!kSafe) {  // zero and infinity where the clamp stopped short of them
+    p = select(y > 128.0f, splat(INFINITY), p);
+    p = select(y < -149.0f, splat(0.0f), p);
+  }
+  return p;
+}
+template <bool>
+inline vd exp2_product(vd a, vd b) {
+  vd y = a * b;
+  for (int i = 0; i < kLanes<double>; ++i) y[i] = __builtin_exp2(y[i]);
+  return y;
+}
+
+// e^x for any x, NaN and infinities included.
+inline vf exp(vf x) {
+  const vf low = splat(kExp2Low < -200.0f ? -138.0f : -87.3f), high = splat(kExp2High > 200.0f ? 138.0f : 87.3f);
+  const vf c = at_most(at_least(x, low), high);
+  const vf t = c * kLog2e + kMagic, tn = t - kMagic;
+  const vf r = (c * kLog2e - tn) + c * kLog2eLow;
+  vf p = exp2_split(t, tn, r);
+  p = select(x > 88.73f, splat(INFINITY), p);
+  return select(x < -103.98f, splat(0.0f), p);
+}
+inline vd exp(vd x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+
+// log(1 + e) for e >= 0 without loss where e is small: the mantissa's offset from 1 is formed from e itself.
+inline vf log1p_nonnegative(vf e) {
+  const vf w = 1.0f + e;
+  vi bits;
+  memcpy(&bits, &w, sizeof w);
+  const vi k = (bits - 0x3f400000) >> 23;  // w = 2^k m with m in [0.75, 1.5)
+  vi scale_bits = 0x3f800000 - (k << 23);
+  vf scale;
+  memcpy(&scale, &scale_bits, sizeof scale);
+  const vf f = e * scale + (scale - 1.0f);
+  const vf q = -0.5f + f * (0.33333394f + f * (-0.25000247f + f * (0.199939f + f * (-0.16644402f + f * (0.14426741f +
+               f * (-0.1314556f + f * (0.10750065f + f * -0.04858353f)))))));
+  const vf log = f + f * f * q + __builtin_convertvector(k, vf) * kLn2;
+  return select(e < INFINITY, log, e);  // infinity and NaN pass through
+}
+inline vd log1p_nonnegative(vd e) {
+  for (int i = 0; i < kLanes<double>; ++i) e[i] = __builtin_log1p(e[i]);
+  return e;
+}
+
+// Identity above 20, as in torch and mamba_ssm.
+template <class V>
+inline V softplus(V x) {
+  return select(x > 20, x, log1p_nonnegative(exp(x)));
+}
+template <class V>
+inline V sigmoid(V x) {
+  return 1 / (1 + exp(-x));
+}
+
+// ---- transposes and sums across lanes, by log2(lanes) rounds of interleaving ------------------------------------------
+#if defined(__AVX512F__)
+inline vf zip_low(vf a, vf b) {
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+inline vf zip_high(vf a, vf b) {
+  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+inline vd zip_low(vd a, vd b) { return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
+inline vd zip_high(vd a, vd b) { return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
+#elif defined(__AVX2__)
+inline vf zip_low(vf a, vf b) { return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
+inline vf zip_high(vf a, vf b) { return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
+inline vd zip_low(vd a, vd b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
+inline vd zip_high(vd a, vd b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+#else
+inline vf zip_low(vf a, vf b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
+inline vf zip_high(vf a, vf b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+inline vd zip_low(vd a, vd b) { return __builtin_shufflevector(a, b, 0, 2); }
+inline vd zip_high(vd a, vd b) { return __builtin_shufflevector(a, b, 1, 3); }
+#endif
+
+// v[i][j] -> v[j][i], kLanes x kLanes.
+template <class T>
+inline void transpose(Vec<T>* v) {
+  constexpr int W = kLanes<T>;
+  for (int round = 1; round < W; round *= 2) {
+    Vec<T> next[W];
+#pragma GCC unroll 16
+    for (int i = 0; i < W / 2; ++i) {
+      next[2 * i] = zip_low(v[i], v[i + W / 2]);
+      next[2 * i + 1] = zip_high(v[i], v[i + W / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) v[i] = next[i];
+  }
+}
+
+// Lane i of the result is the sum over the lanes of v[i]; the order of the additions is fixed.
+template <class T>
+inline Vec<T> sum_lanes(Vec<T>* v) {
+  constexpr int W = kLanes<T>;
+#pragma GCC unroll 4
+  for (int half = W / 2; half >= 1; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) v[i] = zip_low(v[i], v[i + half]) + zip_high(v[i], v[i + half]);
+  return v[0];
+}
+
+}  // namespace
+}  // namespace pixelbytes
