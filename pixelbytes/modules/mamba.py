@@ -1,0 +1,142 @@
+"""Mamba and its bidirectional form, with mamba_ssm's parameter names, so that its checkpoints load."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pixelbytes_kernels import bimamba_inner, causal_conv1d_update, mamba_inner, selective_state_update
+
+
+class MambaState(NamedTuple):
+    """What one block remembers between decoding steps; both tensors are updated in place."""
+
+    conv: Tensor  # (batch, d_inner, d_conv - 1), the newest inputs of the convolution
+    ssm: Tensor  # (batch, d_inner, d_state), float32
+
+
+class Mamba(nn.Module):
+    """The Mamba mixer: in_proj, causal depthwise convolution, selective scan, gate, out_proj.
+
+    Args:
+        d_model: width D of input and output.
+        d_state: size N of the state of each channel.
+        d_conv: width of the convolution, 2 to 4.
+        expand: inner width over d_model.
+        dt_rank: rank of delta's projection; "auto" is ceil(d_model / 16).
+        dt_min, dt_max, dt_init_floor: range of delta at the start.
+        conv_bias, bias: biases of the convolution and of the two outer projections.
+
+    Source: Gu and Dao, "Mamba", section 3.4, and the initial values of mamba_ssm's mamba_simple.py.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | str = "auto",
+        *,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in (("d_model", d_model), ("d_state", d_state), ("expand", expand)):
+            if value < 1:
+                raise ValueError(f"Mamba: {name} must be positive, got {value}")
+        if not 2 <= d_conv <= 4:
+            raise ValueError(f"Mamba: d_conv must be 2, 3 or 4, got {d_conv}")
+        self.d_model, self.d_state, self.d_conv = d_model, d_state, d_conv
+        self.d_inner = expand * d_model
+        self.dt_rank = math.ceil(d_model / 16) if isinstance(dt_rank, str) else dt_rank
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias)
+        self.conv1d = nn.Conv1d(
+            self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1, bias=conv_bias
+        )
+        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
+        nn.init.uniform_(self.dt_proj.weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        # softplus(bias) is spread evenly, on a log scale, over [dt_min, dt_max].
+        dt = torch.exp(torch.rand(self.d_inner) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min))
+        dt = dt.clamp(min=dt_init_floor)
+        with torch.no_grad():
+            self.dt_proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+        self.A_log = nn.Parameter(torch.log(torch.arange(1, d_state + 1, dtype=torch.float32)).repeat(self.d_inner, 1))
+        self.D = nn.Parameter(torch.ones(self.d_inner))
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (batch, seqlen, d_model) -> the same shape."""
+        return mamba_inner(*self._inner_arguments(x), delta_bias=self.dt_proj.bias, delta_softplus=True)
+
+    def _inner_arguments(self, x: Tensor) -> tuple[Tensor | None, ...]:
+        xz = self.in_proj(x).transpose(1, 2)  # (batch, 2 * d_inner, seqlen), channels last in memory
+        return (
+            xz,
+            self.conv1d.weight,
+            self.conv1d.bias,
+            self.x_proj.weight,
+            self.dt_proj.weight,
+            self.out_proj.weight,
+            self.out_proj.bias,
+            -torch.exp(self.A_log.float()),  # A (d_inner, d_state)
+            None,  # B and C come from x_proj
+            None,
+            self.D,
+        )
+
+    def init_state(self, batch: int) -> MambaState:
+        """Zero state for `step`, on the device and in the dtype of the weights."""
+        weight = self.in_proj.weight
+        return MambaState(
+            weight.new_zeros(batch, self.d_inner, self.d_conv - 1),
+            torch.zeros(batch, self.d_inner, self.d_state, device=weight.device, dtype=torch.float32),
+        )
+
+    @torch.no_grad()
+    def step(self, x: Tensor, state: MambaState) -> Tensor:
+        """One decoding step: x (batch, d_model) -> (batch, d_model); `state` is updated in place."""
+        u, z = self.in_proj(x).chunk(2, dim=-1)  # (batch, d_inner) each
+        u = causal_conv1d_update(u, state.conv, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu")
+        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        y = selective_state_update(
+            state.ssm,
+            u,
+            F.linear(dt, self.dt_proj.weight),
+            -torch.exp(self.A_log.float()),
+            B,
+            C,
+            self.D,
+            z=z,
+            dt_bias=self.dt_proj.bias,
+            dt_softplus=True,
+        )
+        return self.out_proj(y)
+
+
+class BiMamba(Mamba):
+    """Both directions of one shared Mamba: `(mamba(x) + flip(mamba(flip(x)))) * scale`.
+
+    Same parameters as Mamba. Not causal, so it has no `step`.
+    """
+
+    def __init__(self, d_model: int, *args: int, scale: float = 0.5, **kwargs: int) -> None:
+        super().__init__(d_model, *args, **kwargs)  # type: ignore[arg-type]
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (batch, seqlen, d_model) -> the same shape."""
+        return bimamba_inner(
+            *self._inner_arguments(x), delta_bias=self.dt_proj.bias, delta_softplus=True, scale=self.scale
+        )
+
+    def step(self, x: Tensor, state: MambaState) -> Tensor:
+        raise RuntimeError("BiMamba reads the sequence from both ends: run it on the whole window instead of stepping")
