@@ -141,9 +141,7 @@ PYBIND11_MODULE(_cpu, m) {
   for (int i = 0; i < 9; ++i) g_dtypes[i] = py::object(torch.attr(names[i])).release().ptr();
   m.attr("isa") = best_kernels().name;
   m.attr("lanes") = best_kernels().lanes;
-  m.def("scan_states_size", [](int64_t batch, int64_t groups, int64_t dim, int64_t seqlen, int64_t dstate, bool use_double) {
-    return best_kernels().scan_states_size(batch, groups, dim, seqlen, dstate, use_double);
-  });
+  m.attr("chunk") = best_kernels().chunk;
   m.def("scan_forward", &scan_forward);
   m.def("scan_backward", &scan_backward);
 }

@@ -14,7 +14,7 @@ struct ScanDirection {
   bool reverse = false;
   Tensor u, delta, A, B, C, D, delta_bias, initial_state;
   Tensor last_state;  // out, or null
-  Tensor states;      // state at each chunk's entry, flat, see scan_states_size: out of the forward (or null), into the backward
+  Tensor states;      // state at each chunk's entry, (chunk, batch, tile, dstate, lane): out of the forward (or null), into the backward
   Tensor dlast_state;
   // Gradients, null where unwanted. du, ddelta: any layout and dtype. The others contiguous in the compute type: dA (dim, dstate),
   // dB, dC (dim, dstate) or (batch, groups, seqlen, dstate), dD, ddelta_bias (dim), dinitial_state (batch, dim, dstate).
@@ -54,7 +54,7 @@ struct EmbedArgs {
 struct Kernels {
   const char* name;
   int lanes;  // fp32 values in a vector
-  int64_t (*scan_states_size)(int64_t batch, int64_t groups, int64_t dim, int64_t seqlen, int64_t dstate, bool use_double);
+  int chunk;  // steps of a scan between stored states
   const char* (*scan_forward)(const ScanArgs&);
   const char* (*scan_backward)(const ScanArgs&);
 };

@@ -20,10 +20,19 @@ struct Plan {
   int64_t tasks() const { return batch * groups * group_blocks; }
 };
 
-Plan make_plan(int64_t batch, int64_t groups, int64_t dim, int64_t seqlen, int64_t dstate, int64_t lanes) {
+template <class T>
+Plan make_plan(const ScanArgs& a) {
+  constexpr int64_t lanes = kLanes<T>;
+  const ScanDirection& first = a.direction[0];
+  const int64_t batch = first.u.size[0], dim = first.u.size[1], seqlen = first.u.size[2], dstate = first.A.size[1];
+  int64_t groups = 1;
+  for (int d = 0; d < a.directions; ++d) {
+    if (a.direction[d].B.ndim == 4) groups = a.direction[d].B.size[1];
+    if (a.direction[d].C.ndim == 4) groups = a.direction[d].C.size[1];
+  }
   Plan p{batch, dim, seqlen, dstate, groups, dim / groups, 0, 0, 0, (seqlen + kChunk - 1) / kChunk};
   p.group_tiles = (p.group_dim + lanes - 1) / lanes;
-  const int64_t row_bytes = seqlen * 64 * 6;
+  const int64_t row_bytes = seqlen * kVecBytes * 6;
   int64_t tiles = batch * groups * p.group_tiles / kWantedTasks;
   if (tiles > kMaxBlockTiles) tiles = kMaxBlockTiles;
   if (tiles > p.group_tiles) tiles = p.group_tiles;
@@ -32,15 +41,6 @@ Plan make_plan(int64_t batch, int64_t groups, int64_t dim, int64_t seqlen, int64
   p.group_blocks = (p.group_tiles + tiles - 1) / tiles;
   p.block_tiles = (p.group_tiles + p.group_blocks - 1) / p.group_blocks;
   return p;
-}
-
-template <class T>
-Plan make_plan(const ScanArgs& a) {
-  const ScanDirection& d = a.direction[0];
-  int64_t groups = 1;
-  if (d.B.ndim == 4) groups = d.B.size[1];
-  if (d.C.ndim == 4) groups = d.C.size[1];
-  return make_plan(d.u.size[0], groups, d.u.size[1], d.u.size[2], d.A.size[1], kLanes<T>);
 }
 
 struct Run {
@@ -708,11 +708,6 @@ const char* backward(const ScanArgs& a) {
 
 }  // namespace
 
-int64_t scan_states_size(int64_t batch, int64_t groups, int64_t dim, int64_t seqlen, int64_t dstate, bool use_double) {
-  const int64_t lanes = use_double ? kLanes<double> : kLanes<float>;
-  const Plan p = make_plan(batch, groups, dim, seqlen, dstate, lanes);
-  return p.chunks * batch * groups * p.group_tiles * dstate * lanes;
-}
 const char* scan_forward(const ScanArgs& a) { return a.use_double ? forward<double>(a) : forward<float>(a); }
 const char* scan_backward(const ScanArgs& a) { return a.use_double ? backward<double>(a) : backward<float>(a); }
 

@@ -1,11 +1,10 @@
 // The functions of this instruction set.
 #include "cpu/kernels.h"
-#include "cpu/simd.h"
+#include "cpu/scan_steps.h"
 
 namespace pixelbytes {
 namespace PIXELBYTES_ISA {
 
-int64_t scan_states_size(int64_t, int64_t, int64_t, int64_t, int64_t, bool);
 const char* scan_forward(const ScanArgs&);
 const char* scan_backward(const ScanArgs&);
 
@@ -13,7 +12,7 @@ const char* scan_backward(const ScanArgs&);
 #define PIXELBYTES_STRING(x) PIXELBYTES_STRING_(x)
 
 extern const Kernels table;
-const Kernels table = {PIXELBYTES_STRING(PIXELBYTES_ISA), kLanes<float>, scan_states_size, scan_forward, scan_backward};
+const Kernels table = {PIXELBYTES_STRING(PIXELBYTES_ISA), kLanes<float>, kChunk, scan_forward, scan_backward};
 
 }  // namespace PIXELBYTES_ISA
 }  // namespace pixelbytes

@@ -1,0 +1,1 @@
+"""One folder an operation: interface (checks, choice), reference (the definition), autograd (registered op), one file a backend."""

@@ -1,0 +1,107 @@
+"""selective_scan on the CPU: memory for the C++ kernels of csrc/cpu/selective_scan.cpp, and the calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..._backend import load_extension
+from .autograd import Direction, Options, compute_dtype, states_size
+
+
+def states_shape(batch: int, groups: int, dim: int, seqlen: int, dstate: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """One state a chunk, channels padded to whole vectors in every group."""
+    cpu, _ = load_extension("_cpu")
+    assert cpu is not None
+    lanes = cpu.lanes // 2 if dtype == torch.float64 else cpu.lanes
+    tiles = (dim // groups + lanes - 1) // lanes
+    return ((seqlen + cpu.chunk - 1) // cpu.chunk, batch, groups * tiles, dstate, lanes)
+
+
+def forward(
+    directions: tuple[Direction, ...], z: Tensor | None, seq_idx: Tensor | None, options: Options, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns out, the first direction's last state (batch, dim, dstate), and (direction, *states_shape), empty unless `keep`."""
+    cpu, reason = load_extension("_cpu")
+    if cpu is None:
+        raise RuntimeError(reason)
+    first = directions[0]
+    assert first.u is not None and first.A is not None
+    u, dtype = first.u, compute_dtype(first.u)
+    out = torch.empty_like(u, dtype=options.out_dtype)
+    last_state = u.new_empty(u.shape[0], u.shape[1], first.A.shape[1], dtype=dtype)
+    states = u.new_empty(states_size("cpu", directions) if keep else (0,), dtype=dtype)
+    if u.numel() == 0:
+        last_state = last_state.zero_() if first.initial_state is None else last_state.copy_(first.initial_state)
+        return out.zero_(), last_state, states
+    packed = [
+        (d.reverse, *d[:8], last_state if i == 0 else None, states[i] if keep else None) for i, d in enumerate(directions)
+    ]
+    cpu.scan_forward(
+        packed, z, seq_idx, options.scale, options.delta_softplus, dtype == torch.float64, torch.get_num_threads(), out
+    )
+    return out, last_state, states
+
+
+def backward(
+    directions: tuple[Direction, ...],
+    z: Tensor | None,
+    seq_idx: Tensor | None,
+    options: Options,
+    states: Tensor,
+    dout: Tensor,
+    dlast_state: Tensor | None,
+    needs: Sequence[bool],
+    needs_z: bool,
+    out: Tensor | None = None,
+) -> tuple[list[Tensor | None], Tensor | None, Tensor | None]:
+    """Gradients of the tensors of every direction in order, of z, and `out` recomputed into the tensor given for it.
+
+    `needs` has one entry a tensor: 8 of the first direction, 7 of the second.
+    """
+    cpu, _ = load_extension("_cpu")
+    assert cpu is not None
+    u = directions[0].u
+    assert u is not None
+    dtype = compute_dtype(u)
+    grads: list[Tensor | None] = []
+    packed = []
+    batch, dim, seqlen = u.shape
+    for i, d in enumerate(directions):
+        tensors = d[: 8 if i == 0 else 7]
+        wanted = [t if need else None for t, need in zip(tensors, needs[len(grads) :], strict=False)]
+        du, ddelta, dA, dB, dC, dD, dbias = (
+            None
+            if t is None
+            else torch.empty_like(t)
+            if k < 2
+            else t.new_empty(gradient_shape(t), dtype=dtype)
+            for k, t in enumerate(wanted[:7])
+        )
+        dinitial = None if i or wanted[7] is None else u.new_empty(wanted[7].shape, dtype=dtype)
+        results = (du, ddelta, dA, dB, dC, dD, dbias, dinitial)
+        packed.append((d.reverse, *d[:8], None, states[i] if u.numel() else None, dlast_state if i == 0 else None, *results))
+        for t, result in zip(tensors, results, strict=False):
+            if result is not None and result.ndim == 4:
+                result = result.transpose(-1, -2)
+            grads.append(result if result is None or t is None else result)
+    dz = torch.empty_like(z) if needs_z and z is not None else None
+    if u.numel() == 0:
+        for grad in grads:
+            if grad is not None:
+                grad.zero_()
+        if len(grads) > 7 and grads[7] is not None and dlast_state is not None:
+            grads[7].copy_(dlast_state)
+    else:
+        cpu.scan_backward(
+            packed, z, seq_idx, options.scale, options.delta_softplus, dtype == torch.float64, torch.get_num_threads(), dout, dz, out
+        )
+    flat = [t for i, d in enumerate(directions) for t in d[: 8 if i == 0 else 7]]
+    return [g if g is None or t is None else g.to(t.dtype) for g, t in zip(grads, flat, strict=True)], dz, out
+
+
+def gradient_shape(t: Tensor) -> tuple[int, ...]:
+    """Coefficients that vary in time get their gradient with the state innermost, as the kernel writes it."""
+    return (*t.shape[:2], t.shape[3], t.shape[2]) if t.ndim == 4 else tuple(t.shape)

@@ -1,0 +1,122 @@
+"""Seeded inputs for every op, the error metric, and the comparison with the float64 oracle. Tests and benchmarks share it.
+
+The numeric contract: the oracle is `<op>_ref` in float64 on inputs already rounded to the tested dtype; the error of a tensor is
+max|x - oracle| / max|oracle|, for the output and every gradient; the bound is twice the error of the plain loop in that dtype
+plus 4 eps(float32). NaN fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Inputs = dict[str, Any]
+
+
+def scan_inputs(
+    batch: int = 2,
+    dim: int = 20,
+    seqlen: int = 37,
+    dstate: int = 5,
+    *,
+    dtype: torch.dtype = torch.float32,
+    groups: int | None = None,
+    constant: str = "",
+    D: bool = True,
+    z: bool = True,
+    delta_bias: bool = True,
+    delta_softplus: bool = True,
+    channels_last: bool = False,
+    initial_state: bool = False,
+    seq_idx: bool = False,
+    seed: int = 0,
+) -> Inputs:
+    """Arguments of `selective_scan`. `constant` names those of B and C that do not vary in time; `groups=None`: 3-D B and C."""
+    gen = torch.Generator().manual_seed(seed)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def normal(*shape: int, like: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=gen, dtype=torch.float64).to(like)
+
+    def sequence(*shape: int) -> Tensor:  # (batch, dim, seqlen) in either layout
+        x = normal(*shape)
+        return x.transpose(1, 2).contiguous().transpose(1, 2) if channels_last else x
+
+    def coefficient(name: str) -> Tensor:
+        if name in constant:
+            return normal(dim, dstate, like=wide)
+        shape = (batch, dstate, seqlen) if groups is None else (batch, groups, dstate, seqlen)
+        return normal(*shape)
+
+    inputs: Inputs = {
+        "u": sequence(batch, dim, seqlen),
+        "delta": (sequence(batch, dim, seqlen) * 0.5 - (0.0 if delta_softplus else -0.6)).to(dtype),
+        "A": -torch.exp(normal(dim, dstate, like=wide) * 0.7),
+        "B": coefficient("B"),
+        "C": coefficient("C"),
+        "D": normal(dim, like=wide) if D else None,
+        "z": sequence(batch, dim, seqlen) if z else None,
+        "delta_bias": normal(dim, like=wide) * 0.3 if delta_bias else None,
+        "delta_softplus": delta_softplus,
+    }
+    if initial_state:
+        inputs["initial_state"] = normal(batch, dim, dstate, like=wide)
+    if seq_idx:
+        cuts = torch.rand(batch, seqlen, generator=gen) < 0.15
+        inputs["seq_idx"] = cuts.cumsum(1).to(torch.int32)
+    return inputs
+
+
+def rounded(inputs: Mapping[str, Any], dtype: torch.dtype) -> Inputs:
+    """The same values in another dtype: what an oracle is given."""
+    return {
+        k: v.detach().to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in inputs.items()
+    }
+
+
+def run(op: Callable[..., Any], inputs: Mapping[str, Any], *, seed: int = 1, **options: Any) -> dict[str, Tensor]:
+    """Outputs and all gradients of `op(**inputs)` for one fixed random output gradient, by name."""
+    leaves = {
+        k: v.detach().clone(memory_format=torch.preserve_format).requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v
+        for k, v in inputs.items()
+    }
+    outputs = op(**leaves, **options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    gen = torch.Generator().manual_seed(seed)
+    grads = [torch.randn(o.shape, generator=gen, dtype=torch.float64).to(o.dtype) for o in outputs]
+    wanted = {k: v for k, v in leaves.items() if isinstance(v, Tensor) and v.requires_grad}
+    found = torch.autograd.grad(outputs, list(wanted.values()), grads, allow_unused=True)
+    result = {f"out{i}": o.detach() for i, o in enumerate(outputs)}
+    result |= {f"d{k}": torch.zeros_like(v) if g is None else g for (k, v), g in zip(wanted.items(), found, strict=True)}
+    return result
+
+
+def error(x: Tensor, oracle: Tensor) -> float:
+    """max|x - oracle| / max|oracle|; NaN where either is NaN."""
+    if oracle.numel() == 0:
+        return 0.0 if x.shape == oracle.shape else float("nan")
+    x, oracle = x.double(), oracle.double()
+    top = oracle.abs().max()
+    return float((x - oracle).abs().max() / (top if top > 0 else torch.ones_like(top)))
+
+
+def assert_matches(
+    op: Callable[..., Any], reference: Callable[..., Any], inputs: Mapping[str, Any], *, options: Mapping[str, Any] | None = None, **shared: Any
+) -> None:
+    """Holds `op` to the numeric contract. `options` go to `op` only, `shared` to both."""
+    oracle = run(reference, rounded(inputs, torch.float64), **shared)
+    plain = run(reference, inputs, **shared)
+    got = run(op, inputs, **shared, **(options or {}))
+    assert got.keys() == oracle.keys()
+    failures = []
+    for name, value in oracle.items():
+        bound = 2 * error(plain[name], value) + 4 * torch.finfo(torch.float32).eps
+        if got[name].dtype == torch.float64 and all(v.dtype == torch.float64 for v in (got["out0"], plain["out0"])):
+            bound = 2 * error(plain[name], value) + 64 * torch.finfo(torch.float64).eps
+        found = error(got[name], value)
+        if not found <= bound:
+            failures.append(f"{name}: error {found:.3g} exceeds {bound:.3g}")
+    assert not failures, "; ".join(failures)
