@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -300,11 +301,13 @@ def load_pack(
     )
 
 
-def _read_image(path: Path) -> Image.Image:
+def read_image(path: str | Path) -> Image.Image:
+    """An image file as RGB, alpha laid on white; ValueError naming the file when it cannot be decoded."""
     try:
         with Image.open(path) as image:
             return Image.fromarray(image_array(image, str(path)))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises for broken files
+    # What Pillow's decoders raise for truncated or damaged files.
+    except (OSError, SyntaxError, EOFError, IndexError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a readable image: {error}") from error
 
 
@@ -366,7 +369,7 @@ def load_folder(
         if limit is not None and len(names) == limit:
             break
         try:
-            caption, image = read_caption(file), _read_image(file)
+            caption, image = read_caption(file), read_image(file)
             if max(image.size) > max_side:
                 raise ValueError(
                     f"{file}: {image.width} x {image.height} pixels, at most {max_side} a side can be tokens; "
@@ -391,5 +394,5 @@ def load_folder(
             raise ValueError(f"{card}: a data card must be a JSON object, got {type(content).__name__}")
         meta |= content
     meta["skipped"] = skipped
-    images: Iterable[Callable[[], Image.Image]] = [lambda f=f: _read_image(f) for f in kept]  # type: ignore[misc]
+    images: Iterable[Callable[[], Image.Image]] = [lambda f=f: read_image(f) for f in kept]  # type: ignore[misc]
     return _corpus(grids, captions, names, LazyImages(list(images)), tokenizer, order, meta)
