@@ -35,13 +35,13 @@ class Prompt:
     Args:
         text: beginning of the caption.
         image: a sprite, at most MAX_SIDE pixels a side.
-        complete: the text is the whole caption; otherwise the model may write on.
+        exact: the text is the whole caption; otherwise the model may write on (but leaves the last word as it is).
         keep_rows: lines of the image to keep; the model draws the rest. None keeps all.
     """
 
     text: str | None = None
     image: Image.Image | None = None
-    complete: bool = True
+    exact: bool = False
     keep_rows: int | None = None
 
     def tokens(self, tokenizer: PixelBytesTokenizer) -> tuple[list[int], tuple[str, ...]]:
@@ -58,7 +58,7 @@ class Prompt:
         if self.image is None:
             if self.keep_rows is not None:
                 raise ValueError("keep_rows: there is no prompt image to keep lines of")
-            closed = [*text, tokenizer.end_id] if text and self.complete else text
+            closed = [*text, tokenizer.end_id] if text and self.exact else text
             return closed, ("text", "image")
         width, height = self.image.size
         if max(width, height) > MAX_SIDE:
@@ -150,6 +150,9 @@ class _Writer:
             size = max_side if prompt.image is None else max(max_side, *prompt.image.size)
             self._grammar = Grammar(tokenizer, plan, max_side=size, max_text=max_text + len(self._forced))
         self._blocks = 0  # complete ones; a row has three: header, image, text
+        ends_in_word = prompt.text is not None and prompt.text[-1:].isalnum()
+        self._whole_word = len(self._forced) if ends_in_word and not free else -1  # where a word must not grow
+        self._word_ids = np.array([_is_letter(tokenizer.ids_to_tokens[i]) for i in range(tokenizer.vocab_size)])
 
     @property
     def done(self) -> bool:
@@ -165,6 +168,8 @@ class _Writer:
         else:
             if self._grammar is not None:
                 allowed = self._grammar.allowed()
+                if place == self._whole_word:
+                    allowed = allowed & ~self._word_ids
             else:
                 allowed = np.arange(len(scores)) != self._tokenizer.null_id
             token = pick(np.where(allowed, scores, -np.inf), temperature, top_k, draw)
@@ -182,6 +187,11 @@ class _Writer:
             elif kind == "text":
                 texts.append(value)
         return Sample(ids, image, " ".join(texts))
+
+
+def _is_letter(token: Any) -> bool:
+    """Whether a byte is part of a word; those above ASCII are parts of accented letters."""
+    return isinstance(token, bytes) and len(token) == 1 and (token.isalnum() or token[0] >= 128)
 
 
 def pick(scores: NDArray[np.float64], temperature: float, top_k: int | None, draw: np.random.Generator) -> int:

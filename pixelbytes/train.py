@@ -127,6 +127,7 @@ class Trainer:
         self.test_loader = None if test_dataset is None else self._loader(test_dataset)
         self.train_loader = self._loader(train_dataset)
 
+        self._face = run_dir is None  # the notebook's folder, with its metadata.json and final CSV
         self.save_dir = make_folder(run_dir or Path(save_dir) / f"{model_name}_{dataset_name}")
         self.model = model.to(self.device)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
@@ -143,7 +144,7 @@ class Trainer:
         self._sum, self._targets, self._seconds = 0.0, 0, 0.0  # of the epoch so far; of the whole training
         if resume:
             self.load_checkpoint(self.save_dir / "last" / "checkpoint.pth")
-        elif run_dir is None:
+        elif self._face:
             write_json(self.save_dir / "metadata.json", self._metadata())
 
     # -- the notebook's attributes --------------------------------------------------------------------------------
@@ -179,7 +180,8 @@ class Trainer:
             kind = "Validation" if best["test_accuracy"] is None else "Test"
             accuracy = best["val_accuracy"] if best["test_accuracy"] is None else best["test_accuracy"]
             self._say(f"Best {kind} Accuracy: {accuracy:.2f}%")
-        self.save_training_progress(final=True)
+        if self._face:
+            self.save_training_progress(final=True)
 
     def _spent(self) -> bool:
         return self._seconds >= self.max_seconds or (self.max_steps is not None and self._step >= self.max_steps)
