@@ -127,10 +127,53 @@ void scan_forward(const py::list& directions, Tensor z, Tensor seq_idx, double s
 }
 
 void scan_backward(const py::list& directions, Tensor z, Tensor seq_idx, double scale, bool delta_softplus, bool use_double, int threads,
-                   Tensor dout, Tensor dz) {
+                   Tensor dout, Tensor dz, Tensor out) {
   ScanArgs a = scan_args(directions, z, seq_idx, scale, delta_softplus, use_double, threads);
-  a.dout = dout, a.dz = dz;
+  a.dout = dout, a.dz = dz, a.out = out;
   run(best_kernels().scan_backward, a);
+}
+
+// args: the tensors of EmbedArgs up to norm_bias.
+EmbedArgs embed_args(const py::tuple& tensors, double eps, bool folded, bool use_double, int threads) {
+  EmbedArgs a;
+  Tensor* members[] = {&a.tokens, &a.emb, &a.conv_weight, &a.conv_bias, &a.alpha, &a.proj_weight, &a.proj_bias, &a.norm_weight, &a.norm_bias};
+  for (size_t i = 0; i < 9; ++i) *members[i] = tensors[i].cast<Tensor>();
+  a.eps = eps, a.folded = folded, a.use_double = use_double, a.threads = threads;
+  return a;
+}
+
+void run(EmbedOutcome (*kernel)(const EmbedArgs&), const EmbedArgs& args) {
+  EmbedOutcome outcome;
+  {
+    py::gil_scoped_release release;
+    outcome = kernel(args);
+  }
+  if (outcome.error) {
+    PyErr_SetString(PyExc_MemoryError, outcome.error);
+    throw py::error_already_set();
+  }
+  if (outcome.position < 0) return;
+  const int64_t n = outcome.position / 9, p = outcome.position % 9, seqlen = args.tokens.size[1];
+  throw py::index_error("pxby_embed: id " + std::to_string(outcome.id) + " at tokens[" + std::to_string(n / seqlen) + ", " +
+                        std::to_string(n % seqlen) + ", " + std::to_string(p / 3) + ", " + std::to_string(p % 3) +
+                        "] is outside the vocabulary [0, " + std::to_string(args.emb.size[0]) + ")");
+}
+
+void bind_pxby_embed(py::module_& m) {
+  m.def("pxby_embed_forward", [](const py::tuple& tensors, double eps, bool folded, bool use_double, int threads, Tensor out) {
+    EmbedArgs a = embed_args(tensors, eps, folded, use_double, threads);
+    a.out = out;
+    run(best_kernels().pxby_embed_forward, a);
+  });
+  // gradients: one for each weight, None where unwanted.
+  m.def("pxby_embed_backward", [](const py::tuple& tensors, double eps, bool folded, bool use_double, int threads, Tensor dout,
+                                  const py::tuple& gradients) {
+    EmbedArgs a = embed_args(tensors, eps, folded, use_double, threads);
+    a.dout = dout;
+    Tensor* members[] = {&a.demb, &a.dconv_weight, &a.dconv_bias, &a.dalpha, &a.dproj_weight, &a.dproj_bias, &a.dnorm_weight, &a.dnorm_bias};
+    for (size_t i = 0; i < 8; ++i) *members[i] = gradients[i].cast<Tensor>();
+    run(best_kernels().pxby_embed_backward, a);
+  });
 }
 
 }  // namespace
@@ -144,6 +187,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.attr("chunk") = best_kernels().chunk;
   m.def("scan_forward", &scan_forward);
   m.def("scan_backward", &scan_backward);
+  bind_pxby_embed(m);
 }
 
 }  // namespace pixelbytes

@@ -25,7 +25,7 @@ struct ScanArgs {
   int directions = 1;
   ScanDirection direction[2];
   Tensor z, seq_idx;       // (batch, dim, seqlen), (batch, seqlen)
-  Tensor out;              // (batch, dim, seqlen)
+  Tensor out;              // (batch, dim, seqlen); in the backward: the output once more, or null
   Tensor dout, dz;         // backward only
   double scale = 1.0;      // out = scale * (sum over directions) * silu(z)
   bool delta_softplus = false;
@@ -43,12 +43,22 @@ struct ConvArgs {
   int threads = 1;
 };
 
-// tokens (n, 9) integer ids; table (9, vocab, dim) and constant (dim): see the folding in pixelbytes_kernels/ops/pxby_embed.
+// tokens (batch, seqlen, 3, 3) integer ids; emb (V, E); conv_weight (E, E, 3, 3), conv_bias (E), alpha (1, 1, 3, 3), proj_bias (D)
+// or null; proj_weight (D, 9E); norm_weight, norm_bias (D). out, dout contiguous (batch, seqlen, D). Gradients contiguous, of the
+// weight's shape and dtype, null where unwanted.
 struct EmbedArgs {
-  Tensor tokens, table, constant, norm_weight, norm_bias, out, mean, rstd;
-  Tensor dout, dtable, dconstant, dnorm_weight, dnorm_bias;
+  Tensor tokens, emb, conv_weight, conv_bias, alpha, proj_weight, proj_bias, norm_weight, norm_bias;
+  Tensor out;
+  Tensor dout, demb, dconv_weight, dconv_bias, dalpha, dproj_weight, dproj_bias, dnorm_weight, dnorm_bias;
   double eps = 1e-5;
+  bool folded = true;  // sum table rows, or compute the formula itself: see cpu/embed_weights.h
+  bool use_double = false;
   int threads = 1;
+};
+
+struct EmbedOutcome {
+  const char* error = nullptr;
+  int64_t position = -1, id = 0;  // first cell of `tokens`, counted in row-major order, whose id is outside [0, V)
 };
 
 struct Kernels {
@@ -57,6 +67,8 @@ struct Kernels {
   int chunk;  // steps of a scan between stored states
   const char* (*scan_forward)(const ScanArgs&);
   const char* (*scan_backward)(const ScanArgs&);
+  EmbedOutcome (*pxby_embed_forward)(const EmbedArgs&);
+  EmbedOutcome (*pxby_embed_backward)(const EmbedArgs&);
 };
 
 const Kernels& best_kernels();                  // for this processor, or what PIXELBYTES_CPU_ISA names

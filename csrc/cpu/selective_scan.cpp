@@ -438,7 +438,7 @@ void backward_direction(Block<T>& b, Gradients<T>& g, int d, const Partials<T>& 
   if (!kVariesB) b.load_constant(B, b.B);
   if (!kVariesC) b.load_constant(C, b.C);
   b.load_states(dir.dlast_state, g.dh);
-  const bool need_y = bool(b.a.dz);
+  const bool need_y = b.a.dz || b.a.out;
   Run runs[kChunk];
   for (int64_t k = p.chunks - 1; k >= 0; --k) {
     const int64_t chunk = dir.reverse ? p.chunks - 1 - k : k, t0 = chunk * kChunk;
@@ -541,7 +541,7 @@ void load_output_gradient(Block<T>& b, Gradients<T>& g) {
           v *= x * sigmoid(x);
         }
         store(dy + i * W, v);
-        if (!b.a.dz) continue;
+        if (!b.a.dz && !b.a.out) continue;
         Vec<T> y = {};
         for (int d = 0; d < b.a.directions; ++d) y += load(b.D[d] + tile * W) * load(b.row(b.u[d], tile, t0 + i));
         store(b.row(b.y, tile, t0 + i), y);
@@ -549,22 +549,31 @@ void load_output_gradient(Block<T>& b, Gradients<T>& g) {
     }
 }
 
+// From the recomputed y: the gradient of z, and the output once more for whoever did not keep it.
 template <class T>
-void store_dz(Block<T>& b) {
+void store_gate(Block<T>& b) {
   constexpr int W = kLanes<T>;
-  const Plane dout = plane(b.a.dout, b.batch), z = plane(b.a.z, b.batch), dz = plane(b.a.dz, b.batch);
+  const Plane dout = plane(b.a.dout, b.batch), z = plane(b.a.z, b.batch), dz = plane(b.a.dz, b.batch), out = plane(b.a.out, b.batch);
   const T scale = T(b.a.scale);
   alignas(64) T gate[kChunk * W], grad[kChunk * W];
   for (int64_t tile = 0; tile < b.tiles; ++tile)
     for (int64_t t0 = 0; t0 < b.p.seqlen; t0 += kChunk) {
-      const int64_t steps = t0 + kChunk < b.p.seqlen ? kChunk : b.p.seqlen - t0;
-      load_tile<T>(dout, b.channel(tile), b.channels(tile), t0, steps, grad);
-      load_tile<T>(z, b.channel(tile), b.channels(tile), t0, steps, gate);
+      const int64_t steps = t0 + kChunk < b.p.seqlen ? kChunk : b.p.seqlen - t0, ch = b.channel(tile);
+      const int n = b.channels(tile);
+      T* y = b.row(b.y, tile, t0);
+      if (dz) load_tile<T>(dout, ch, n, t0, steps, grad);
+      if (z) load_tile<T>(z, ch, n, t0, steps, gate);
       for (int64_t i = 0; i < steps; ++i) {
-        const Vec<T> x = load(gate + i * W), s = sigmoid(x);
-        store(grad + i * W, load(grad + i * W) * scale * load(b.row(b.y, tile, t0 + i)) * (s * (1 + x * (1 - s))));
+        Vec<T> v = load(y + i * W) * scale;
+        if (z) {
+          const Vec<T> x = load(gate + i * W), s = sigmoid(x);
+          if (dz) store(grad + i * W, load(grad + i * W) * v * (s * (1 + x * (1 - s))));
+          v *= x * s;
+        }
+        store(y + i * W, v);
       }
-      store_tile<T>(dz, b.channel(tile), b.channels(tile), t0, steps, grad);
+      if (dz) store_tile<T>(dz, ch, n, t0, steps, grad);
+      if (out) store_tile<T>(out, ch, n, t0, steps, y);
     }
 }
 
@@ -626,7 +635,7 @@ void backward_block(Block<T>& b, Gradients<T>& g, const Partials<T>& partials) {
     with_variation(b, d, [&](auto varies_B, auto varies_C) {
       backward_direction<T, decltype(varies_B)::value, decltype(varies_C)::value>(b, g, d, partials);
     });
-  if (b.a.dz) store_dz(b);
+  if (b.a.dz || b.a.out) store_gate(b);
   store_input_gradients(b, g);
   for (int d = 0; d < b.a.directions; ++d) {
     const ScanDirection& dir = b.a.direction[d];
