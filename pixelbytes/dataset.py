@@ -305,10 +305,11 @@ def read_image(path: str | Path) -> Image.Image:
     """An image file as RGB, alpha laid on white; ValueError naming the file when it cannot be decoded."""
     try:
         with Image.open(path) as image:
-            return Image.fromarray(image_array(image, str(path)))
+            image.load()
     # What Pillow's decoders raise for truncated or damaged files.
-    except (OSError, SyntaxError, EOFError, IndexError, struct.error, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, LookupError, struct.error, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: not a readable image: {error}") from error
+    return Image.fromarray(image_array(image, str(path)))
 
 
 def list_images(folder: Path) -> list[Path]:

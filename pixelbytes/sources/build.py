@@ -32,7 +32,7 @@ _LARGEST = 255  # a packed sprite's sides are stored in a byte
 
 @dataclass
 class BuildReport:
-    """What a build made. `text_tokens` counts headers, UTF-8 captions and their ends, `image_tokens` pixels and ends."""
+    """What a build made. `text_tokens`: headers and captions (UTF-8) with their ends; `image_tokens`: pixels."""
 
     source: str
     items: int
@@ -192,8 +192,8 @@ def build(
     if out is not None:
         report.written.append(_write_folder(Path(out), made, colours, card))
     if pack is not None:
-        content = Pack(colours, [m.grid for m in made], [m.name for m in made], [m.caption for m in made], card)
-        report.written.append(write_pack(pack, content))
+        packed = Pack(colours, [m.grid for m in made], [m.name for m in made], [m.caption for m in made], card)
+        report.written.append(write_pack(pack, packed))
     print(report)
     return report
 
@@ -234,9 +234,7 @@ def _shorten(caption: str, longest: int) -> str:
     return head.rstrip(" ,;/") or caption[:1]
 
 
-def _balance(
-    sizes: list[tuple[int, ...]], texts: list[str], max_size: int, ratio: float
-) -> tuple[int, int | None]:
+def _balance(sizes: list[tuple[int, ...]], texts: list[str], max_size: int, ratio: float) -> tuple[int, int | None]:
     """(sprite size, longest caption) for a share of text near `ratio`: the most of both that keeps to it."""
 
     def share(size: int, longest: int | None) -> float:

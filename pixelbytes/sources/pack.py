@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,12 @@ def write_pack(path: str | Path, pack: Pack) -> Path:
 
 def read_pack(path: str | Path) -> Pack:
     """Read what `write_pack` wrote; ValueError naming the file when it is damaged or something else."""
+    data = Path(path).read_bytes()
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
             member = {
-                name: archive[name] for name in ("palette", "shapes", "pixels", "names", "captions", "meta")
+                name: np.lib.format.read_array(io.BytesIO(archive.read(f"{name}.npy")), allow_pickle=False)
+                for name in ("palette", "shapes", "pixels", "names", "captions", "meta")
             }
         shapes = member["shapes"].astype(np.int64)  # (N, 2)
         stops = np.cumsum(shapes.prod(axis=1))
@@ -80,9 +83,8 @@ def read_pack(path: str | Path) -> Pack:
         palette, pixels = check_palette(member["palette"]), member["pixels"]
         if not len(names) == len(captions) == len(shapes) or len(pixels) != stops[-1] or pixels.max() >= len(palette):
             raise ValueError("its members do not fit together")
-    except FileNotFoundError:
-        raise
-    except (OSError, EOFError, KeyError, IndexError, TypeError, ValueError, zipfile.BadZipFile) as error:
+    # What zipfile, zlib and numpy raise for damaged files and for files of another kind.
+    except (EOFError, LookupError, TypeError, ValueError, RuntimeError, zlib.error, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: not a packed PixelBytes data set: {error}") from error
     grids = [pixels[stop - h * w : stop].reshape(h, w) for (h, w), stop in zip(shapes.tolist(), stops, strict=True)]
     return Pack(palette, grids, names, captions, meta)

@@ -25,7 +25,7 @@ def crop_to_content(image: Image.Image | ArrayLike, name: str = "image") -> NDAr
         ValueError: naming `name`, when there is no such part (fully transparent or white).
     """
     pixels = image_array(image, name)
-    content = (pixels < _NEAR_WHITE).any(axis=-1)  # (H, W)
+    content = pixels.min(axis=2) < _NEAR_WHITE  # (H, W)
     rows, columns = np.flatnonzero(content.any(axis=1)), np.flatnonzero(content.any(axis=0))
     if len(rows) == 0:
         raise ValueError(f"{name}: no content, every pixel is transparent or white")
@@ -69,7 +69,7 @@ def pixelate(
         raise ValueError(f"method must be 'mode' or 'mean', got {method!r}")
     colours = check_palette(palette)
     pixels = crop_to_content(image, name)
-    height, width = fit(*pixels.shape[:2], max_size)
+    height, width = fit(pixels.shape[0], pixels.shape[1], max_size)
     if (height, width) == pixels.shape[:2]:
         return nearest(pixels, colours).astype(np.uint8)
     picture = Image.fromarray(pixels)

@@ -66,9 +66,7 @@ def test_both_constructions_equal_the_blocks_own(item) -> None:
     """1xN, Nx1, empty captions, several items: batch and incremental windows are those of each block's grid."""
     tokenizer, grids, texts = item
     expected = row_windows(tokenizer, grids, texts)
-    ids = np.concatenate(
-        [tokenizer.encode_ids(g, tokenizer.encode_text(t)) for g, t in zip(grids, texts, strict=True)]
-    )
+    ids = np.concatenate([tokenizer.encode_ids(g, tokenizer.encode_text(t)) for g, t in zip(grids, texts, strict=True)])
     assert np.array_equal(windows(ids, tokenizer), expected)
     builder = WindowBuilder(tokenizer)
     builder.extend(ids)
