@@ -56,11 +56,11 @@ class SequenceModel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (batch, seqlen, 3, 3), integers -> logits (batch, seqlen, vocab_size)."""
-        return self.head(self.hidden(check_windows(x)))
+        return self.head(self.hidden(check_windows(x, self.vocab_size)))
 
     def last_logits(self, x: Tensor) -> Tensor:
         """Logits of the last position only, (batch, vocab_size)."""
-        return self.head(self.hidden(check_windows(x))[:, -1])
+        return self.head(self.hidden(check_windows(x, self.vocab_size))[:, -1])
 
     def loss(self, x: Tensor, target: Tensor) -> tuple[Tensor, int]:
         """Mean cross-entropy in nats, and the number of targets that it is the mean of.
@@ -80,7 +80,7 @@ class SequenceModel(nn.Module):
 
     def logits_for(self, x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The logits that belong to `target` (see `loss`), both flattened to one row a target."""
-        check_windows(x)
+        check_windows(x, self.vocab_size)
         if target.shape == x.shape[:1]:
             # The head is as wide as the vocabulary: it runs on the one position that has a target.
             return self.last_logits(x), target
@@ -153,12 +153,19 @@ class SequenceModel(nn.Module):
         return model
 
 
-def check_windows(x: Tensor) -> Tensor:
-    """Refuse anything but (batch, seqlen >= 1, 3, 3) integers, with a sentence."""
+def check_windows(x: Tensor, vocab_size: int) -> Tensor:
+    """Refuse anything but (batch, seqlen >= 1, 3, 3) ids below `vocab_size`, with a sentence.
+
+    On a GPU the range is not checked: reading it back would make every step wait.
+    """
     if x.dim() != 4 or x.shape[2:] != (3, 3) or x.shape[1] == 0:
         raise ValueError(f"x: windows must have shape (batch, seqlen >= 1, 3, 3), got {tuple(x.shape)}")
     if x.dtype.is_floating_point or x.dtype == torch.bool:
         raise TypeError(f"x: windows must hold integer ids, got {x.dtype}")
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (int(v) for v in torch.aminmax(x))
+        if low < 0 or high >= vocab_size:
+            raise ValueError(f"x: ids must be 0..{vocab_size - 1}, got {low}..{high}")
     return x
 
 
