@@ -240,6 +240,7 @@ inline vd zip_high(vd a, vd b) { return __builtin_shufflevector(a, b, 1, 3); }
 template <class T>
 inline void transpose(Vec<T>* v) {
   constexpr int W = kLanes<T>;
+#pragma GCC unroll 4
   for (int round = 1; round < W; round *= 2) {
     Vec<T> next[W];
 #pragma GCC unroll 16

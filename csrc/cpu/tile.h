@@ -62,6 +62,7 @@ inline uint16_t float_to_bfloat(float f) {
   return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
+// One element of any floating dtype: for what is too small or too scattered for tiles.
 template <class T>
 inline T load_element(const char* p, DType dtype) {
   switch (dtype) {
@@ -90,34 +91,107 @@ inline int64_t load_index(const char* p, DType dtype) {
   }
 }
 
-// `count` <= kLanes contiguous elements.
+// Storage types: what a kLanes-wide row looks like in memory.
+struct Half { uint16_t bits; };
+struct Bfloat { uint16_t bits; };
+
+template <class T>
+inline T widen(float x) { return T(x); }
+template <class T>
+inline T widen(double x) { return T(x); }
+template <class T>
+inline T widen(Half x) { return T(half_to_float(x.bits)); }
+template <class T>
+inline T widen(Bfloat x) { return T(bfloat_to_float(x.bits)); }
+template <class T>
+inline void narrow(T x, float* p) { *p = float(x); }
+template <class T>
+inline void narrow(T x, double* p) { *p = double(x); }
+template <class T>
+inline void narrow(T x, Half* p) { p->bits = float_to_half(float(x)); }
+template <class T>
+inline void narrow(T x, Bfloat* p) { p->bits = float_to_bfloat(float(x)); }
+
+template <class T, class S>
+inline Vec<T> load_row(const S* p) {
+  Vec<T> v;
+  for (int i = 0; i < kLanes<T>; ++i) v[i] = widen<T>(p[i]);
+  return v;
+}
+template <class T, class S>
+inline void store_row(S* p, Vec<T> v) {
+  for (int i = 0; i < kLanes<T>; ++i) narrow<T>(v[i], p + i);
+}
+template <>
+inline vf load_row<float, float>(const float* p) { return load(p); }
+template <>
+inline vd load_row<double, double>(const double* p) { return load(p); }
+template <>
+inline void store_row<float, float>(float* p, vf v) { store(p, v); }
+template <>
+inline void store_row<double, double>(double* p, vd v) { store(p, v); }
+#if defined(__AVX512F__)
+template <>
+inline vf load_row<float, Half>(const Half* p) {
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+template <>
+inline void store_row<float, Half>(Half* p, vf v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, 0));
+}
+template <>
+inline vf load_row<float, Bfloat>(const Bfloat* p) {
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
+}
+#elif defined(__AVX2__)
+template <>
+inline vf load_row<float, Half>(const Half* p) {
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+template <>
+inline void store_row<float, Half>(Half* p, vf v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, 0));
+}
+template <>
+inline vf load_row<float, Bfloat>(const Bfloat* p) {
+  return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16);
+}
+#endif
+
+// The first `count` elements of a row, zeros behind them; and back.
+template <class T, class S>
+inline Vec<T> load_part(const S* p, int count) {
+  if (count == kLanes<T>) return load_row<T>(p);
+  S row[kLanes<T>] = {};
+  memcpy(row, p, size_t(count) * sizeof(S));
+  return load_row<T>(row);
+}
+template <class T, class S>
+inline void store_part(S* p, int count, Vec<T> v) {
+  if (count == kLanes<T>) return store_row<T>(p, v);
+  S row[kLanes<T>];
+  store_row<T>(row, v);
+  memcpy(p, row, size_t(count) * sizeof(S));
+}
+
+// The same where the dtype is known at run time only.
 template <class T>
 inline Vec<T> load_run(const char* p, DType dtype, int count) {
-  constexpr int W = kLanes<T>;
-  if (sizeof(T) == 4 && count == W) {
-    if (dtype == DType::f32) return load(reinterpret_cast<const T*>(p));
-#if defined(__AVX512F__)
-    if (dtype == DType::f16) return (Vec<T>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    if (dtype == DType::bf16)
-      return (Vec<T>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
-#endif
+  switch (dtype) {
+    case DType::f32: return load_part<T>(reinterpret_cast<const float*>(p), count);
+    case DType::f64: return load_part<T>(reinterpret_cast<const double*>(p), count);
+    case DType::f16: return load_part<T>(reinterpret_cast<const Half*>(p), count);
+    default: return load_part<T>(reinterpret_cast<const Bfloat*>(p), count);
   }
-  if (sizeof(T) == 8 && count == W && dtype == DType::f64) return load(reinterpret_cast<const T*>(p));
-  Vec<T> v = {};
-  for (int i = 0; i < count; ++i) v[i] = load_element<T>(p + i * item_size(dtype), dtype);
-  return v;
 }
 template <class T>
 inline void store_run(char* p, DType dtype, int count, Vec<T> v) {
-  constexpr int W = kLanes<T>;
-  if (sizeof(T) == 4 && count == W) {
-    if (dtype == DType::f32) return store(reinterpret_cast<T*>(p), v);
-#if defined(__AVX512F__)
-    if (dtype == DType::f16) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, 0));
-#endif
+  switch (dtype) {
+    case DType::f32: return store_part<T>(reinterpret_cast<float*>(p), count, v);
+    case DType::f64: return store_part<T>(reinterpret_cast<double*>(p), count, v);
+    case DType::f16: return store_part<T>(reinterpret_cast<Half*>(p), count, v);
+    default: return store_part<T>(reinterpret_cast<Bfloat*>(p), count, v);
   }
-  if (sizeof(T) == 8 && count == W && dtype == DType::f64) return store(reinterpret_cast<T*>(p), v);
-  for (int i = 0; i < count; ++i) store_element<T>(p + i * item_size(dtype), dtype, v[i]);
 }
 
 // A plane of a tensor: element (channel, time) at data + (channel * channel_stride + time * time_stride) items.
@@ -136,44 +210,66 @@ inline Plane plane(const Tensor& t, int64_t batch) {  // (batch, channel, time)
   return {t.at(batch), t.dtype, t.stride[1], t.stride[2]};
 }
 
-template <class T>
-inline void load_tile(const Plane& p, int64_t channel, int channels, int64_t time, int64_t steps, T* tile) {
+template <class T, class S>
+void load_tile_as(const Plane& p, int64_t channel, int channels, int64_t time, int64_t steps, T* tile) {
   constexpr int W = kLanes<T>;
-  if (p.channel_stride == 1) {
-    for (int64_t t = 0; t < steps; ++t) store(tile + t * W, load_run<T>(p.at(channel, time + t), p.dtype, channels));
-    return;
-  }
-  int64_t t = 0;
-  if (p.time_stride == 1) {
-    for (; t + W <= steps; t += W) {
+  const int64_t cs = p.channel_stride, ts = p.time_stride;
+  const S* from = reinterpret_cast<const S*>(p.data) + channel * cs + time * ts;
+  if (cs == 1) {
+    for (int64_t t = 0; t < steps; ++t) store(tile + t * W, load_part<T>(from + t * ts, channels));
+  } else if (ts == 1) {
+    for (int64_t t = 0; t < steps; t += W) {
+      const int count = int(steps - t < W ? steps - t : W);
       Vec<T> block[W];
-      for (int c = 0; c < W; ++c) block[c] = c < channels ? load_run<T>(p.at(channel + c, time + t), p.dtype, W) : Vec<T>{};
+      for (int c = 0; c < W; ++c) block[c] = c < channels ? load_part<T>(from + c * cs + t, count) : Vec<T>{};
       transpose<T>(block);
-      for (int i = 0; i < W; ++i) store(tile + (t + i) * W, block[i]);
+      for (int i = 0; i < count; ++i) store(tile + (t + i) * W, block[i]);
     }
+  } else {
+    for (int64_t t = 0; t < steps; ++t)
+      for (int c = 0; c < W; ++c) tile[t * W + c] = c < channels ? widen<T>(from[c * cs + t * ts]) : T(0);
   }
-  for (; t < steps; ++t)
-    for (int c = 0; c < W; ++c) tile[t * W + c] = c < channels ? load_element<T>(p.at(channel + c, time + t), p.dtype) : T(0);
 }
 
+template <class T, class S>
+void store_tile_as(const Plane& p, int64_t channel, int channels, int64_t time, int64_t steps, const T* tile) {
+  constexpr int W = kLanes<T>;
+  const int64_t cs = p.channel_stride, ts = p.time_stride;
+  S* to = reinterpret_cast<S*>(p.data) + channel * cs + time * ts;
+  if (cs == 1) {
+    for (int64_t t = 0; t < steps; ++t) store_part<T>(to + t * ts, channels, load(tile + t * W));
+  } else if (ts == 1) {
+    for (int64_t t = 0; t < steps; t += W) {
+      const int count = int(steps - t < W ? steps - t : W);
+      Vec<T> block[W];
+      for (int i = 0; i < W; ++i) block[i] = i < count ? load(tile + (t + i) * W) : Vec<T>{};
+      transpose<T>(block);
+      for (int c = 0; c < channels; ++c) store_part<T>(to + c * cs + t, count, block[c]);
+    }
+  } else {
+    for (int64_t t = 0; t < steps; ++t)
+      for (int c = 0; c < channels; ++c) narrow<T>(tile[t * W + c], to + c * cs + t * ts);
+  }
+}
+
+// `channels` <= kLanes channels and `steps` steps from (channel, time) on, into tile[step][lane].
+template <class T>
+inline void load_tile(const Plane& p, int64_t channel, int channels, int64_t time, int64_t steps, T* tile) {
+  switch (p.dtype) {
+    case DType::f32: return load_tile_as<T, float>(p, channel, channels, time, steps, tile);
+    case DType::f64: return load_tile_as<T, double>(p, channel, channels, time, steps, tile);
+    case DType::f16: return load_tile_as<T, Half>(p, channel, channels, time, steps, tile);
+    default: return load_tile_as<T, Bfloat>(p, channel, channels, time, steps, tile);
+  }
+}
 template <class T>
 inline void store_tile(const Plane& p, int64_t channel, int channels, int64_t time, int64_t steps, const T* tile) {
-  constexpr int W = kLanes<T>;
-  if (p.channel_stride == 1) {
-    for (int64_t t = 0; t < steps; ++t) store_run<T>(p.at(channel, time + t), p.dtype, channels, load(tile + t * W));
-    return;
+  switch (p.dtype) {
+    case DType::f32: return store_tile_as<T, float>(p, channel, channels, time, steps, tile);
+    case DType::f64: return store_tile_as<T, double>(p, channel, channels, time, steps, tile);
+    case DType::f16: return store_tile_as<T, Half>(p, channel, channels, time, steps, tile);
+    default: return store_tile_as<T, Bfloat>(p, channel, channels, time, steps, tile);
   }
-  int64_t t = 0;
-  if (p.time_stride == 1) {
-    for (; t + W <= steps; t += W) {
-      Vec<T> block[W];
-      for (int i = 0; i < W; ++i) block[i] = load(tile + (t + i) * W);
-      transpose<T>(block);
-      for (int c = 0; c < channels; ++c) store_run<T>(p.at(channel + c, time + t), p.dtype, W, block[c]);
-    }
-  }
-  for (; t < steps; ++t)
-    for (int c = 0; c < channels; ++c) store_element<T>(p.at(channel + c, time + t), p.dtype, tile[t * W + c]);
 }
 
 // One value per channel, from a (dim) tensor.
