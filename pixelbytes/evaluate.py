@@ -46,7 +46,7 @@ def evaluate(
         targets: "all": every token of every row is a target once (causal models). "last": one in `stride` is.
         batch_size: windows a batch.
         device: default where the model is.
-        progress: show a bar.
+        progress: show a bar on a terminal.
 
     Returns:
         For "all" and each of rows.KINDS that occurs: `targets`, `accuracy` (percent), `nats` and `bits` per target (per
@@ -64,7 +64,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     batches = list(_batches(rows, tokenizer, seq_length, targets, stride, batch_size))
-    for x, target, kind in tqdm(batches, desc="Evaluate", disable=not progress, leave=False):
+    for x, target, kind in tqdm(batches, desc="Evaluate", disable=None if progress else True, leave=False):
         with torch.no_grad():
             windows = torch.from_numpy(x).to(device)
             logits, wanted = model.logits_for(windows, torch.from_numpy(target).to(device))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from tqdm.auto import tqdm
 
 from pixelbytes.grammar import Grammar
 from pixelbytes.models.common import SequenceModel
@@ -87,7 +88,7 @@ def generate(
     max_text: int = 200,
     context: int = 256,
     free: bool = False,
-    on_token: Callable[[], Any] | None = None,
+    progress: bool = False,
 ) -> list[Sample]:
     """Continue each prompt to a full row, all in one batch.
 
@@ -103,7 +104,7 @@ def generate(
         max_side: largest side of an image that the model may announce.
         max_text: longest text.
         free: do not hold the model to well-formed rows (see grammar.Grammar). A row then ends at its third block end.
-        on_token: called after each step, for a progress bar.
+        progress: show a bar on a terminal.
     """
     if not prompts:
         return []
@@ -122,14 +123,12 @@ def generate(
     model.eval()
     state = model.init_state(len(prompts), context)
     windows = np.zeros((len(prompts), 3, 3), dtype=np.int64)  # rows begin with a null window
-    for _ in range(max_tokens):
+    for _ in tqdm(range(max_tokens), desc="Generate", unit=" tokens", leave=False, disable=None if progress else True):
         logits, state = model.step(torch.from_numpy(windows).to(device), state)
         scores = logits.double().cpu().numpy()  # (batch, V)
         for index, writer in enumerate(writers):
             if not writer.done:
                 windows[index] = writer.write(scores[index], temperature, top_k, draw)
-        if on_token is not None:
-            on_token()
         if all(writer.done for writer in writers):
             break
     model.train(was_training)

@@ -10,6 +10,7 @@ RUN/loss.png samples.png samples.txt
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -179,6 +180,7 @@ def train_run(
     """
     if path is not None and not resume and Path(path).exists() and (Path(path).is_file() or any(Path(path).iterdir())):
         raise ValueError(f"{path} exists and is not empty: go on with --resume, or name another folder")
+    device = _device(config.device)
     if resume and path is None:
         raise ValueError("resume: name the run folder (--run)")
     tokenizer = (
@@ -196,9 +198,6 @@ def train_run(
     model = build_model(config, tokenizer.vocab_size)
     if path is None:
         path = new_run_folder(config.model)
-    path = make_folder(path)
-    write_json(path / "config.json", {"train": config.to_dict(), "seq_length": seq_length})
-    tokenizer.save(path / "tokenizer.json")
     tokens = sum(len(row) for row in train.rows)
     say(
         f"data: {train.meta.get('source', config.data)}, {len(train)} + {len(val)} + {len(test)} items to train, "
@@ -206,8 +205,35 @@ def train_run(
     )
     parameters = sum(p.numel() for p in model.parameters())
     say(f"model: {type(model).__name__}, {parameters:,} parameters, {'causal' if model.causal else 'bidirectional'}")
+    path = make_folder(path)
+    try:
+        trainer = _trainer(config, model, datasets, device, path, resume)
+    except BaseException:
+        with contextlib.suppress(OSError):  # a folder of an earlier run is not empty and stays
+            path.rmdir()
+        raise
+    write_json(path / "config.json", {"train": config.to_dict(), "seq_length": seq_length})
+    tokenizer.save(path / "tokenizer.json")
     say(f"run: {path}")
-    trainer = Trainer(
+    trainer.train()
+    loss_curve(trainer.history, path / "loss.png", title=f"{path.name}: loss")
+    run = open_run(path)
+    best = run.model("best", config.device)
+    evaluate_run(run, model=best, corpora=(train, val, test), say=say)
+    write_samples(run, best, test)
+    say(f"written: {path}/metrics.json, loss.png, samples.png, samples.txt")
+    return path
+
+
+def _trainer(
+    config: TrainConfig,
+    model: SequenceModel,
+    datasets: Sequence[PxByDataset],
+    device: torch.device,
+    path: Path,
+    resume: bool,
+) -> Trainer:
+    return Trainer(
         model,
         datasets[0],
         None,
@@ -225,18 +251,10 @@ def train_run(
         max_steps=config.max_steps,
         amp=config.amp,
         num_workers=config.workers,
-        device=_device(config.device),
+        device=device,
         resume=resume,
         run_dir=path,
     )
-    trainer.train()
-    loss_curve(trainer.history, path / "loss.png", title=f"{path.name}: loss")
-    run = open_run(path)
-    best = run.model("best", config.device)
-    evaluate_run(run, model=best, corpora=(train, val, test), say=say)
-    write_samples(run, best, test)
-    say(f"written: {path}/metrics.json, loss.png, samples.png, samples.txt")
-    return path
 
 
 def evaluate_run(

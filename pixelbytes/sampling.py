@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from tqdm.auto import tqdm
 
 from pixelbytes._files import make_folder, write_text
 from pixelbytes.dataset import read_image
@@ -65,19 +64,18 @@ def generate_files(
     sprite = None if image is None else read_sprite(image, run.tokenizer)
     prompt = Prompt(text, sprite, exact, keep_rows)
     model = run.model(checkpoint, device)
-    with tqdm(desc="Generate", unit=" tokens", leave=False) as bar:
-        samples = generate(
-            model,
-            run.tokenizer,
-            [prompt] * count,
-            temperature=temperature,
-            top_k=top_k,
-            seed=seed,
-            max_tokens=max_tokens,
-            context=run.seq_length,
-            free=free,
-            on_token=bar.update,
-        )
+    samples = generate(
+        model,
+        run.tokenizer,
+        [prompt] * count,
+        temperature=temperature,
+        top_k=top_k,
+        seed=seed,
+        max_tokens=max_tokens,
+        context=run.seq_length,
+        free=free,
+        progress=True,
+    )
     written = []
     for number, sample in enumerate(samples, 1):
         path = target if count == 1 else target.with_name(f"{target.stem}-{number:03d}{target.suffix}")
