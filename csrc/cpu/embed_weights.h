@@ -323,23 +323,23 @@ struct EmbedDirect {
     }
   }
 
-  // After `forward` of the same tokens: drows (count, dim_row) is the gradient of its rows. Adds to `g`.
+  // After `forward` of the same tokens: drows (count, dim_row) is the gradient of its rows. Adds to `g`, but for the bias of the projection.
   void backward(const EmbedWeights<T>& w, const int32_t* ids, int64_t count, const T* drows, EmbedGradients<T>& g) {
     const int64_t E = w.width, cell = w.width_row, token = kCells * cell, row = w.dim_row;
-    for (int64_t n = 0; n < count; ++n)
-      for (int64_t d = 0; d < row; ++d) g.proj_bias[d] += drows[n * row + d];
     for (int q = 0; q < kCells; ++q) {
+      T dkeep = 0, dmix = 0;  // of this block, so that no long chain of additions rounds them
       product(count, cell, w.dim, drows, row, int64_t(1), proj_columns + q * w.dim * cell, cell, dy + q * cell, token, false);
       product(E, row, count, y + q * cell, int64_t(1), token, drows, row, w.at_cell(g.proj, q), row, true);
       for (int64_t n = 0; n < count; ++n)
         for (int64_t i = n * token + q * cell; i < n * token + (q + 1) * cell; ++i) {
-          g.keep[q] += dy[i] * x[i];
+          dkeep += dy[i] * x[i];
           dx[i] = w.keep[q] * dy[i];
           if (!w.conv) continue;
-          g.mix[q] += dy[i] * z[i];
+          dmix += dy[i] * z[i];
           dy[i] *= w.mix[q];  // from here on the gradient of Conv(X)
           g.conv_bias[i % cell] += dy[i];
         }
+      g.keep[q] += dkeep, g.mix[q] += dmix;
     }
     for (int q = 0; w.conv && q < kCells; ++q)
       for (int p = 0; p < kCells; ++p)

@@ -114,23 +114,19 @@ struct Group {
     for (T& x : rstd) x = T(1) / T(__builtin_sqrt(x));
   }
 
-  void store_output(int64_t first_token) const {
-    const Tensor& out = w.a.out;
-    for (int r = 0; r < count; ++r) {
-      char* to = out.data + (first_token + r) * w.dim * item_size(out.dtype);
+  template <class S>
+  void store_output(S* out) const {  // (count, D)
+    for (int r = 0; r < count; ++r)
       for (int64_t at = 0; at < w.dim_row; at += W) {
         const Vec<T> x = (load(row(r) + at) - mean[r]) * rstd[r] * load(w.norm_weight + at) + load(w.norm_bias + at);
-        store_run<T>(to + at * item_size(out.dtype), out.dtype, valid(at), x);
+        store_part<T>(out + r * w.dim + at, valid(at), x);
       }
-    }
   }
 
   // Turns the rows into their gradients; adds to the gradients of the LayerNorm's weights and to the columns' sum.
-  void backward(int64_t first_token, T* dweight, T* dbias, T* dshift) {
-    const Tensor& dout = w.a.dout;
-    const auto dout_at = [&](int r, int64_t at) {
-      return load_run<T>(dout.data + ((first_token + r) * w.dim + at) * item_size(dout.dtype), dout.dtype, valid(at));
-    };
+  template <class S>
+  void backward(const S* dout, T* dweight, T* dbias, T* dshift) {  // dout (count, D)
+    const auto dout_at = [&](int r, int64_t at) { return load_part<T>(dout + r * w.dim + at, valid(at)); };
     Vec<T> sums[W] = {}, products[W] = {};
     for (int r = 0; r < count; ++r) {
       Vec<T> sum = {}, dot = {};
@@ -161,12 +157,19 @@ struct Group {
   }
 };
 
+// f(group, its first row of `data`) for the groups of `count` rows; data is out or dout, (tokens, D), read from `first_token` on.
 template <class T, class F>
-inline void for_groups(const EmbedWeights<T>& w, T* rows, int64_t count, F&& f) {
-  for (int64_t r = 0; r < count; r += kLanes<T>) {
-    Group<T> group(w, rows + r * w.dim_row, int(count - r < kLanes<T> ? count - r : kLanes<T>));
-    f(group, r);
-  }
+inline void for_groups(const EmbedWeights<T>& w, T* rows, int64_t count, const Tensor& data, int64_t first_token, F&& f) {
+  const auto run = [&](auto* stored) {
+    stored += first_token * w.dim;
+    for (int64_t r = 0; r < count; r += kLanes<T>) {
+      Group<T> group(w, rows + r * w.dim_row, int(count - r < kLanes<T> ? count - r : kLanes<T>));
+      f(group, stored + r * w.dim);
+    }
+  };
+  if (sizeof(T) == 4 && data.dtype == DType::f16) run(reinterpret_cast<Half*>(data.data));
+  else if (sizeof(T) == 4 && data.dtype == DType::bf16) run(reinterpret_cast<Bfloat*>(data.data));
+  else run(reinterpret_cast<T*>(data.data));
 }
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -211,7 +214,7 @@ EmbedOutcome forward(const EmbedArgs& a) {
         for (int64_t i = 0; i < n; ++i) sum_rows(w, table, my_ids + i * kCells, my_rows + i * w.dim_row);
       else
         direct.forward(w, my_ids, n, my_rows);
-      for_groups(w, my_rows, n, [&](const Group<T>& group, int64_t r) { group.store_output(begin + r); });
+      for_groups(w, my_rows, n, a.out, begin, [](const Group<T>& group, auto* out) { group.store_output(out); });
     }
   }
   return outcome;
@@ -293,8 +296,8 @@ EmbedOutcome backward_folded(const EmbedArgs& a) {
       }
       memset(s.dweight, 0, size_t(3 * row) * sizeof(T));
       for (int64_t i = 0; i < n; ++i) sum_rows(w, table, my_ids + i * kCells, rows + (begin + i) * row);
-      for_groups(w, rows + begin * row, n,
-                 [&](Group<T>& group, int64_t r) { group.backward(start + begin + r, s.dweight, s.dbias, s.dshift); });
+      for_groups(w, rows + begin * row, n, a.dout, start + begin,
+                 [&](Group<T>& group, const auto* dout) { group.backward(dout, s.dweight, s.dbias, s.dshift); });
     }
     if (outcome.position >= 0) break;
 #pragma omp for schedule(dynamic, 1)
@@ -335,14 +338,14 @@ EmbedOutcome backward_direct(const EmbedArgs& a) {
   EmbedDirect<T> direct;
   EmbedGradients<T> g;
   const Ids tokens(a.tokens, w.vocab);
-  T *rows, *unused;
+  T *rows, *sums;
   int32_t* ids;
   Arena arena([&](auto&& take) {
     w.layout(take);
     direct.layout(w, true, take);
     g.layout(w, take);
     take(rows, kBlock * w.dim_row, false);
-    take(unused, w.dim_row);
+    take(sums, 3 * w.dim_row);
     take(ids, kBlock * kCells, false);
   });
   if (!arena) return {kNoMemory};
@@ -352,7 +355,11 @@ EmbedOutcome backward_direct(const EmbedArgs& a) {
     const int64_t n = smaller(tokens.count() - begin, kBlock);
     if (!tokens.load(begin, n, ids, outcome)) return outcome;
     direct.forward(w, ids, n, rows);
-    for_groups(w, rows, n, [&](Group<T>& group, int64_t r) { group.backward(begin + r, g.norm_weight, g.norm_bias, unused); });
+    T* to[] = {g.norm_weight, g.norm_bias, g.proj_bias};
+    memset(sums, 0, size_t(3 * w.dim_row) * sizeof(T));
+    for_groups(w, rows, n, a.dout, begin,
+               [&](Group<T>& group, const auto* dout) { group.backward(dout, sums, sums + w.dim_row, sums + 2 * w.dim_row); });
+    for (int64_t i = 0; i < 3 * w.dim_row; ++i) to[i / w.dim_row][i % w.dim_row] += sums[i];
     direct.backward(w, ids, n, rows, g);
   }
   g.write(w);

@@ -1,0 +1,73 @@
+"""pxby_embed in plain PyTorch without the (batch * seqlen, E, 3, 3) intermediates: `embedding_bag` on the folded table, LayerNorm.
+
+Convolution, gate and projection are linear, and the convolution never leaves its window. So what goes into the LayerNorm is
+shift + the sum over the nine cells p of table[id_p, p], and both are computed from the weights alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .formulation import folded_is_cheaper
+from .reference import path_weights, pxby_embed_ref
+
+
+def embed(tokens: Tensor, *weights: Tensor | None, eps: float) -> Tensor:
+    """Arguments as `pxby_embed`, checked. Computes in float32, or float64 where the weights are."""
+    emb, proj_weight = weights[0], weights[4]
+    assert emb is not None and proj_weight is not None
+    dtype = emb.dtype
+    batch, seqlen = tokens.shape[:2]
+    check_ids(tokens, emb.shape[0])
+    with torch.autocast(tokens.device.type, enabled=False):
+        if dtype.itemsize == 2:
+            weights = tuple(None if w is None else w.float() for w in weights)
+        if not folded_is_cheaper(batch * seqlen, emb.shape[0], emb.shape[1], proj_weight.shape[0]):
+            return pxby_embed_ref(tokens, *weights, eps=eps).to(dtype)  # type: ignore[arg-type]
+        table, shift = fold(*weights[:6])  # type: ignore[arg-type]
+        cells = torch.arange(9, device=tokens.device)
+        rows = tokens.reshape(batch * seqlen, 9).long() * 9 + cells  # an id outside the vocabulary stays outside the table
+        pre = F.embedding_bag(rows, table, mode="sum")  # (batch * seqlen, D)
+        if shift is not None:
+            pre = pre + shift
+        out = F.layer_norm(pre, pre.shape[-1:], weights[6], weights[7], eps)
+    return out.to(dtype).view(batch, seqlen, -1)
+
+
+def fold(
+    emb: Tensor,
+    conv_weight: Tensor | None,
+    conv_bias: Tensor | None,
+    alpha: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """table (V * 9, D) and shift (D)."""
+    vocab, width = emb.shape
+    proj = proj_weight.view(-1, width, 3, 3)
+    keep, mix = path_weights(alpha, conv_weight is not None)
+    acting = proj if keep is None else proj * keep  # (D, E, 3, 3), on the embeddings
+    shift = proj_bias
+    if conv_weight is not None:
+        mixed = proj * mix
+        acting = acting + F.conv_transpose2d(mixed, conv_weight, padding=1)
+        if conv_bias is not None:
+            moved = torch.einsum("deij,e->d", mixed, conv_bias)
+            shift = moved if shift is None else shift + moved
+    table = emb @ acting.permute(1, 2, 3, 0).reshape(width, -1)  # (V, 9 D)
+    return table.view(vocab * 9, -1), shift
+
+
+def check_ids(tokens: Tensor, vocab: int) -> None:
+    """IndexError for the first id outside [0, vocab). On a GPU or while compiling it is left to the lookup: a check would wait."""
+    if tokens.device.type != "cpu" or tokens.numel() == 0 or torch.compiler.is_compiling():
+        return
+    low, high = torch.aminmax(tokens)
+    if low >= 0 and high < vocab:
+        return
+    first = torch.nonzero((tokens < 0) | (tokens.long() >= vocab))[0].tolist()
+    raise IndexError(
+        f"pxby_embed: id {int(tokens[tuple(first)])} at tokens{first} is outside the vocabulary [0, {vocab})"
+    )
