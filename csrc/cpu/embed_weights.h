@@ -63,6 +63,7 @@ class Arena {
 
 template <class T>
 struct EmbedWeights {
+  static constexpr int W = kLanes<T>;
   const EmbedArgs& a;
   const int64_t vocab, width, dim, width_row, dim_row;  // V, E, D; lengths of padded rows of E and D
   const bool conv;
@@ -74,6 +75,7 @@ struct EmbedWeights {
   T* taps_out;    // (tap, e, width_row of o)
   T* conv_bias;   // (width_row)
   T *proj_bias, *norm_weight, *norm_bias;  // (dim_row)
+  T* tile;                                 // (V or 9 E, W): on the way in and out
 
   explicit EmbedWeights(const EmbedArgs& args)
       : a(args), vocab(args.emb.size[0]), width(args.emb.size[1]), dim(args.proj_weight.size[0]), width_row(padded<T>(width)),
@@ -93,7 +95,12 @@ struct EmbedWeights {
     take(proj_bias, dim_row);
     take(norm_weight, dim_row);
     take(norm_bias, dim_row);
+    take(tile, (vocab > width * kCells ? vocab : width * kCells) * W, false);
   }
+
+  // Column i of the projection, which is channel-major, as a row of `proj`.
+  int64_t cell_major(int64_t i) const { return i % kCells * width + i / kCells; }
+  static int lanes(int64_t size, int64_t at) { return int(size - at < W ? size - at : W); }
 
   static void read_row(const Tensor& t, int64_t count, T* to) {
     if (t)
@@ -102,11 +109,15 @@ struct EmbedWeights {
 
   // Reads every weight; padding stays zero.
   void read() {
-    for (int64_t v = 0; v < vocab; ++v)
-      for (int64_t e = 0; e < width; ++e) emb[v * width_row + e] = load_element<T>(a.emb.at(v, e), a.emb.dtype);
-    for (int64_t d = 0; d < dim; ++d)
-      for (int64_t i = 0; i < width * kCells; ++i)  // channel-major in the weight, cell-major here
-        proj[((i % kCells) * width + i / kCells) * dim_row + d] = load_element<T>(a.proj_weight.at(d, i), a.proj_weight.dtype);
+    for (int64_t e = 0; e < width_row; e += W) {
+      load_tile<T>({a.emb.data, a.emb.dtype, a.emb.stride[1], a.emb.stride[0]}, e, lanes(width, e), 0, vocab, tile);
+      for (int64_t v = 0; v < vocab; ++v) store(emb + v * width_row + e, load(tile + v * W));
+    }
+    for (int64_t d = 0; d < dim_row; d += W) {
+      load_tile<T>({a.proj_weight.data, a.proj_weight.dtype, a.proj_weight.stride[0], a.proj_weight.stride[1]}, d, lanes(dim, d), 0,
+                   width * kCells, tile);
+      for (int64_t i = 0; i < width * kCells; ++i) store(proj + cell_major(i) * dim_row + d, load(tile + i * W));
+    }
     read_row(a.proj_bias, dim, proj_bias);
     read_row(a.norm_weight, dim, norm_weight);
     read_row(a.norm_bias, dim, norm_bias);
@@ -139,6 +150,7 @@ struct EmbedWeights {
 // Gradients of the weights in the compute type, shaped as in EmbedWeights; conv as (tap, o, width_row of e).
 template <class T>
 struct EmbedGradients {
+  static constexpr int W = kLanes<T>;
   T *emb, *proj, *taps, *conv_bias, *proj_bias, *norm_weight, *norm_bias;
   T keep[kCells] = {}, mix[kCells] = {};
 
@@ -161,13 +173,14 @@ struct EmbedGradients {
   // Casts once, into the contiguous tensors of the arguments; null ones are not wanted.
   void write(const EmbedWeights<T>& w) const {
     const EmbedArgs& a = w.a;
-    if (a.demb)
-      for (int64_t v = 0; v < w.vocab; ++v)
-        for (int64_t e = 0; e < w.width; ++e) store_element<T>(a.demb.at(v, e), a.demb.dtype, emb[v * w.width_row + e]);
-    if (a.dproj_weight)
-      for (int64_t d = 0; d < w.dim; ++d)
-        for (int64_t i = 0; i < w.width * kCells; ++i)
-          store_element<T>(a.dproj_weight.at(d, i), a.dproj_weight.dtype, proj[((i % kCells) * w.width + i / kCells) * w.dim_row + d]);
+    for (int64_t e = 0; a.demb && e < w.width_row; e += W) {
+      for (int64_t v = 0; v < w.vocab; ++v) store(w.tile + v * W, load(emb + v * w.width_row + e));
+      store_tile<T>({a.demb.data, a.demb.dtype, 1, w.width}, e, w.lanes(w.width, e), 0, w.vocab, w.tile);
+    }
+    for (int64_t d = 0; a.dproj_weight && d < w.dim_row; d += W) {
+      for (int64_t i = 0; i < w.width * kCells; ++i) store(w.tile + i * W, load(proj + w.cell_major(i) * w.dim_row + d));
+      store_tile<T>({a.dproj_weight.data, a.dproj_weight.dtype, w.width * kCells, 1}, d, w.lanes(w.dim, d), 0, w.width * kCells, w.tile);
+    }
     if (a.dconv_weight) {
       char* to = a.dconv_weight.data;
       for (int64_t o = 0; o < w.width; ++o)

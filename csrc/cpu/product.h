@@ -44,6 +44,9 @@ inline void product(int64_t rows, int64_t columns, int64_t depth, const T* a, in
   int64_t j = 0;
   for (; j + kWide * W <= columns; j += kWide * W)
     product_columns<T, kWide>(rows, depth, a, a_row, a_column, b + j, b_row, c + j, c_row, add);
+  if constexpr (kWide == 4)
+    for (; j + 2 * W <= columns; j += 2 * W)
+      product_columns<T, 2>(rows, depth, a, a_row, a_column, b + j, b_row, c + j, c_row, add);
   for (; j < columns; j += W) product_columns<T, 1>(rows, depth, a, a_row, a_column, b + j, b_row, c + j, c_row, add);
 }
 
