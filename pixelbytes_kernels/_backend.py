@@ -109,6 +109,12 @@ def choose_backend(
     return asked
 
 
+@torch.compiler.assume_constant_result
+def _constant_backends() -> dict[str, tuple[bool, str]]:
+    """`available_backends`, run rather than traced by torch.compile, which cannot trace an import."""
+    return available_backends()
+
+
 def resolve(op: str, asked: str, tensor: torch.Tensor, implemented: tuple[str, ...]) -> str:
     """`choose_backend` for this machine and the backend set by `set_backend`; warns once about a slow automatic choice."""
     device = tensor.device.type
@@ -116,7 +122,7 @@ def resolve(op: str, asked: str, tensor: torch.Tensor, implemented: tuple[str, .
         asked = _asked
         if asked not in ("auto", "reference", "torch") and asked not in implemented:
             asked = "auto"  # set_backend names a preference; an op without such a kernel goes its own way
-    name = choose_backend(asked, device, available_backends(), implemented, op)
+    name = choose_backend(asked, device, _constant_backends(), implemented, op)
     if asked == "auto" and name in ("torch", "reference") and not torch.compiler.is_compiling():
         _warn_slow(device, name)
     return name

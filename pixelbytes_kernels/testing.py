@@ -71,6 +71,45 @@ def scan_inputs(
     return inputs
 
 
+def embed_inputs(
+    batch: int = 2,
+    seqlen: int = 37,
+    vocab: int = 113,
+    dim: int = 64,
+    *,
+    dtype: torch.dtype = torch.float32,
+    ids: torch.dtype = torch.int64,
+    conv: bool = True,
+    gate: bool = True,
+    bias: bool = True,
+    constant_cells: bool = True,
+    seed: int = 0,
+) -> Inputs:
+    """Arguments of `pxby_embed`. `constant_cells`: the four cells that are always id 0 in a raster's windows are 0."""
+    gen = torch.Generator().manual_seed(seed)
+    width = max(9, dim // 9)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=gen, dtype=torch.float64) * scale).to(dtype)
+
+    scale = (9 * width) ** -0.5
+    tokens = torch.randint(0, vocab, (batch, seqlen, 3, 3), generator=gen)
+    if constant_cells:
+        tokens[:, :, 1, 2] = 0
+        tokens[:, :, 2] = 0
+    return {
+        "tokens": tokens.to(ids),
+        "emb": normal(vocab, width),
+        "conv_weight": normal(width, width, 3, 3, scale=scale) if conv else None,
+        "conv_bias": normal(width, scale=scale) if conv and bias else None,
+        "alpha": torch.rand(1, 1, 3, 3, generator=gen, dtype=torch.float64).to(dtype) if gate else None,
+        "proj_weight": normal(dim, 9 * width, scale=scale),
+        "proj_bias": normal(dim, scale=scale) if bias else None,
+        "norm_weight": normal(dim, scale=0.2) + 1,
+        "norm_bias": normal(dim, scale=0.2),
+    }
+
+
 def rounded(inputs: Mapping[str, Any], dtype: torch.dtype) -> Inputs:
     """The same values in another dtype: what an oracle is given."""
     return {

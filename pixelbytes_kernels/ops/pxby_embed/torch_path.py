@@ -26,13 +26,17 @@ def embed(tokens: Tensor, *weights: Tensor | None, eps: float) -> Tensor:
             weights = tuple(None if w is None else w.float() for w in weights)
         if not folded_is_cheaper(batch * seqlen, emb.shape[0], emb.shape[1], proj_weight.shape[0]):
             return pxby_embed_ref(tokens, *weights, eps=eps).to(dtype)  # type: ignore[arg-type]
-        table, shift = fold(*weights[:6])  # type: ignore[arg-type]
+        # The fold in float64, where there is one: it is small, and its rounding would stay in every gradient.
+        wide = weights[0].dtype if tokens.device.type == "mps" else torch.float64  # type: ignore[union-attr]
+        table, shift = fold(*(None if w is None else w.to(wide) for w in weights[:6]))  # type: ignore[arg-type]
         cells = torch.arange(9, device=tokens.device)
         rows = tokens.reshape(batch * seqlen, 9).long() * 9 + cells  # an id outside the vocabulary stays outside the table
-        pre = F.embedding_bag(rows, table, mode="sum")  # (batch * seqlen, D)
+        norm_weight, norm_bias = weights[6:]
+        assert norm_weight is not None
+        pre = F.embedding_bag(rows, table.to(norm_weight.dtype), mode="sum")  # (batch * seqlen, D)
         if shift is not None:
-            pre = pre + shift
-        out = F.layer_norm(pre, pre.shape[-1:], weights[6], weights[7], eps)
+            pre = pre + shift.to(norm_weight.dtype)
+        out = F.layer_norm(pre, pre.shape[-1:], norm_weight, norm_bias, eps)
     return out.to(dtype).view(batch, seqlen, -1)
 
 
