@@ -171,20 +171,21 @@ inline vd exp2_product(vd a, vd b) {
 
 // e^x for any x, NaN and infinities included.
 inline vf exp(vf x) {
-  const vf low = splat(kExp2Low < -200.0f ? -138.0f : -87.3f), high = splat(kExp2High > 200.0f ? 138.0f : 87.3f);
-  const vf c = at_most(at_least(x, low), high);
+  // scalef gives 0 and infinity by itself; elsewhere the clamp stops at the last normal numbers and a select does it.
+  constexpr bool kWide = kExp2High > 200.0f;
+  const vf c = at_most(at_least(x, splat(kWide ? -138.0f : -87.3f)), splat(kWide ? 138.0f : 87.3f));
   const vf t = c * kLog2e + kMagic, tn = t - kMagic;
   const vf r = (c * kLog2e - tn) + c * kLog2eLow;
-  vf p = exp2_split(t, tn, r);
-  p = select(x > 88.73f, splat(INFINITY), p);
-  return select(x < -103.98f, splat(0.0f), p);
+  const vf p = exp2_split(t, tn, r);
+  if (kWide) return p;
+  return select(x < -103.98f, splat(0.0f), select(x > 88.73f, splat(INFINITY), p));
 }
 inline vd exp(vd x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
   return x;
 }
 
-// log(1 + e) for e >= 0 without loss where e is small: the mantissa's offset from 1 is formed from e itself.
+// log(1 + e) for finite e >= 0 without loss where e is small: the mantissa's offset from 1 is formed from e itself.
 inline vf log1p_nonnegative(vf e) {
   const vf w = 1.0f + e;
   vi bits;
@@ -196,8 +197,7 @@ inline vf log1p_nonnegative(vf e) {
   const vf f = e * scale + (scale - 1.0f);
   const vf q = -0.5f + f * (0.33333394f + f * (-0.25000247f + f * (0.199939f + f * (-0.16644402f + f * (0.14426741f +
                f * (-0.1314556f + f * (0.10750065f + f * -0.04858353f)))))));
-  const vf log = f + f * f * q + __builtin_convertvector(k, vf) * kLn2;
-  return select(e < INFINITY, log, e);  // infinity and NaN pass through
+  return f + f * f * q + __builtin_convertvector(k, vf) * kLn2;
 }
 inline vd log1p_nonnegative(vd e) {
   for (int i = 0; i < kLanes<double>; ++i) e[i] = __builtin_log1p(e[i]);
@@ -212,6 +212,10 @@ inline V softplus(V x) {
 template <class V>
 inline V sigmoid(V x) {
   return 1 / (1 + exp(-x));
+}
+template <class V>
+inline V silu(V x) {
+  return x / (1 + exp(-x));
 }
 
 // ---- transposes and sums across lanes, by log2(lanes) rounds of interleaving ------------------------------------------

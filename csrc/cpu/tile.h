@@ -210,66 +210,106 @@ inline Plane plane(const Tensor& t, int64_t batch) {  // (batch, channel, time)
   return {t.at(batch), t.dtype, t.stride[1], t.stride[2]};
 }
 
+// A block: neighbouring tiles over a run of time steps, tile k at data + k * pitch. `channels` counts the valid ones of all tiles.
+template <class T>
+struct Block {
+  T* data;
+  int64_t pitch;
+  int tiles;
+};
+
+inline int valid_channels(int64_t channels, int64_t tile, int lanes) {
+  const int64_t left = channels - tile * lanes;
+  return int(left < lanes ? left : lanes);
+}
+
 template <class T, class S>
-void load_tile_as(const Plane& p, int64_t channel, int channels, int64_t time, int64_t steps, T* tile) {
+void load_block_as(const Plane& p, int64_t channel, int64_t channels, int64_t time, int64_t steps, const Block<T>& to) {
   constexpr int W = kLanes<T>;
   const int64_t cs = p.channel_stride, ts = p.time_stride;
   const S* from = reinterpret_cast<const S*>(p.data) + channel * cs + time * ts;
-  if (cs == 1) {
-    for (int64_t t = 0; t < steps; ++t) store(tile + t * W, load_part<T>(from + t * ts, channels));
-  } else if (ts == 1) {
-    for (int64_t t = 0; t < steps; t += W) {
-      const int count = int(steps - t < W ? steps - t : W);
-      Vec<T> block[W];
-      for (int c = 0; c < W; ++c) block[c] = c < channels ? load_part<T>(from + c * cs + t, count) : Vec<T>{};
-      transpose<T>(block);
-      for (int i = 0; i < count; ++i) store(tile + (t + i) * W, block[i]);
-    }
-  } else {
+  if (cs == 1) {  // time outermost: memory is read in its own order
     for (int64_t t = 0; t < steps; ++t)
-      for (int c = 0; c < W; ++c) tile[t * W + c] = c < channels ? widen<T>(from[c * cs + t * ts]) : T(0);
+      for (int k = 0; k < to.tiles; ++k)
+        store(to.data + k * to.pitch + t * W, load_part<T>(from + t * ts + k * W, valid_channels(channels, k, W)));
+    return;
+  }
+  for (int k = 0; k < to.tiles; ++k) {
+    const S* row = from + k * W * cs;
+    T* tile = to.data + k * to.pitch;
+    const int valid = valid_channels(channels, k, W);
+    if (ts == 1) {
+      for (int64_t t = 0; t < steps; t += W) {
+        const int count = int(steps - t < W ? steps - t : W);
+        Vec<T> v[W];
+        for (int c = 0; c < W; ++c) v[c] = c < valid ? load_part<T>(row + c * cs + t, count) : Vec<T>{};
+        transpose<T>(v);
+        for (int i = 0; i < count; ++i) store(tile + (t + i) * W, v[i]);
+      }
+    } else {
+      for (int64_t t = 0; t < steps; ++t)
+        for (int c = 0; c < W; ++c) tile[t * W + c] = c < valid ? widen<T>(row[c * cs + t * ts]) : T(0);
+    }
   }
 }
 
 template <class T, class S>
-void store_tile_as(const Plane& p, int64_t channel, int channels, int64_t time, int64_t steps, const T* tile) {
+void store_block_as(const Plane& p, int64_t channel, int64_t channels, int64_t time, int64_t steps, const Block<T>& from) {
   constexpr int W = kLanes<T>;
   const int64_t cs = p.channel_stride, ts = p.time_stride;
   S* to = reinterpret_cast<S*>(p.data) + channel * cs + time * ts;
   if (cs == 1) {
-    for (int64_t t = 0; t < steps; ++t) store_part<T>(to + t * ts, channels, load(tile + t * W));
-  } else if (ts == 1) {
-    for (int64_t t = 0; t < steps; t += W) {
-      const int count = int(steps - t < W ? steps - t : W);
-      Vec<T> block[W];
-      for (int i = 0; i < W; ++i) block[i] = i < count ? load(tile + (t + i) * W) : Vec<T>{};
-      transpose<T>(block);
-      for (int c = 0; c < channels; ++c) store_part<T>(to + c * cs + t, count, block[c]);
-    }
-  } else {
     for (int64_t t = 0; t < steps; ++t)
-      for (int c = 0; c < channels; ++c) narrow<T>(tile[t * W + c], to + c * cs + t * ts);
+      for (int k = 0; k < from.tiles; ++k)
+        store_part<T>(to + t * ts + k * W, valid_channels(channels, k, W), load(from.data + k * from.pitch + t * W));
+    return;
+  }
+  for (int k = 0; k < from.tiles; ++k) {
+    S* row = to + k * W * cs;
+    const T* tile = from.data + k * from.pitch;
+    const int valid = valid_channels(channels, k, W);
+    if (ts == 1) {
+      for (int64_t t = 0; t < steps; t += W) {
+        const int count = int(steps - t < W ? steps - t : W);
+        Vec<T> v[W];
+        for (int i = 0; i < W; ++i) v[i] = i < count ? load(tile + (t + i) * W) : Vec<T>{};
+        transpose<T>(v);
+        for (int c = 0; c < valid; ++c) store_part<T>(row + c * cs + t, count, v[c]);
+      }
+    } else {
+      for (int64_t t = 0; t < steps; ++t)
+        for (int c = 0; c < valid; ++c) narrow<T>(tile[t * W + c], row + c * cs + t * ts);
+    }
   }
 }
 
-// `channels` <= kLanes channels and `steps` steps from (channel, time) on, into tile[step][lane].
 template <class T>
-inline void load_tile(const Plane& p, int64_t channel, int channels, int64_t time, int64_t steps, T* tile) {
+inline void load_block(const Plane& p, int64_t channel, int64_t channels, int64_t time, int64_t steps, const Block<T>& to) {
   switch (p.dtype) {
-    case DType::f32: return load_tile_as<T, float>(p, channel, channels, time, steps, tile);
-    case DType::f64: return load_tile_as<T, double>(p, channel, channels, time, steps, tile);
-    case DType::f16: return load_tile_as<T, Half>(p, channel, channels, time, steps, tile);
-    default: return load_tile_as<T, Bfloat>(p, channel, channels, time, steps, tile);
+    case DType::f32: return load_block_as<T, float>(p, channel, channels, time, steps, to);
+    case DType::f64: return load_block_as<T, double>(p, channel, channels, time, steps, to);
+    case DType::f16: return load_block_as<T, Half>(p, channel, channels, time, steps, to);
+    default: return load_block_as<T, Bfloat>(p, channel, channels, time, steps, to);
   }
 }
 template <class T>
-inline void store_tile(const Plane& p, int64_t channel, int channels, int64_t time, int64_t steps, const T* tile) {
+inline void store_block(const Plane& p, int64_t channel, int64_t channels, int64_t time, int64_t steps, const Block<T>& from) {
   switch (p.dtype) {
-    case DType::f32: return store_tile_as<T, float>(p, channel, channels, time, steps, tile);
-    case DType::f64: return store_tile_as<T, double>(p, channel, channels, time, steps, tile);
-    case DType::f16: return store_tile_as<T, Half>(p, channel, channels, time, steps, tile);
-    default: return store_tile_as<T, Bfloat>(p, channel, channels, time, steps, tile);
+    case DType::f32: return store_block_as<T, float>(p, channel, channels, time, steps, from);
+    case DType::f64: return store_block_as<T, double>(p, channel, channels, time, steps, from);
+    case DType::f16: return store_block_as<T, Half>(p, channel, channels, time, steps, from);
+    default: return store_block_as<T, Bfloat>(p, channel, channels, time, steps, from);
   }
+}
+
+// A block of one tile.
+template <class T>
+inline void load_tile(const Plane& p, int64_t channel, int channels, int64_t time, int64_t steps, T* tile) {
+  load_block<T>(p, channel, channels, time, steps, {tile, 0, 1});
+}
+template <class T>
+inline void store_tile(const Plane& p, int64_t channel, int channels, int64_t time, int64_t steps, T* tile) {
+  store_block<T>(p, channel, channels, time, steps, {tile, 0, 1});
 }
 
 // One value per channel, from a (dim) tensor.

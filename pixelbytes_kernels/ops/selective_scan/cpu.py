@@ -1,4 +1,4 @@
-"""selective_scan on the CPU: memory for the C++ kernels of csrc/cpu/selective_scan.cpp, and the calls."""
+"""selective_scan on the CPU: memory for the C++ kernels of csrc/cpu/selective_scan_*.cpp, and the calls."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ def forward(
         last_state = last_state.zero_() if first.initial_state is None else last_state.copy_(first.initial_state)
         return out.zero_(), last_state, states
     packed = [
-        (d.reverse, *d[:8], last_state if i == 0 else None, states[i] if keep else None) for i, d in enumerate(directions)
+        (d.reverse, *d[:8], last_state if i == 0 else None, states[i] if keep else None)
+        for i, d in enumerate(with_own_delta(directions))
     ]
     cpu.scan_forward(
         packed, z, seq_idx, options.scale, options.delta_softplus, dtype == torch.float64, torch.get_num_threads(), out
@@ -69,9 +70,11 @@ def backward(
     grads: list[Tensor | None] = []
     packed = []
     batch, dim, seqlen = u.shape
-    for i, d in enumerate(directions):
+    for i, d in enumerate(with_own_delta(directions)):
         tensors = d[: 8 if i == 0 else 7]
-        wanted = [t if need else None for t, need in zip(tensors, needs[len(grads) :], strict=False)]
+        # A delta lent to the second direction has its gradient wanted with the first one's.
+        need = [needs[1] if i and k == 1 and directions[1].delta is None else n for k, n in enumerate(needs[len(grads) :])]
+        wanted = [t if n else None for t, n in zip(tensors, need, strict=False)]
         du, ddelta, dA, dB, dC, dD, dbias = (
             None
             if t is None
@@ -99,7 +102,16 @@ def backward(
             packed, z, seq_idx, options.scale, options.delta_softplus, dtype == torch.float64, torch.get_num_threads(), dout, dz, out
         )
     flat = [t for i, d in enumerate(directions) for t in d[: 8 if i == 0 else 7]]
+    if len(grads) > 8 and flat[9] is None and grads[9] is not None:  # see with_own_delta
+        grads[1], grads[9] = grads[9] + grads[1], None
     return [g if g is None or t is None else g.to(t.dtype) for g, t in zip(grads, flat, strict=True)], dz, out
+
+
+def with_own_delta(directions: tuple[Direction, ...]) -> tuple[Direction, ...]:
+    """A second direction with a bias of its own sees another step size: the kernel wants its delta named."""
+    if len(directions) == 2 and directions[1].delta is None and directions[1].delta_bias is not None:
+        return directions[0], directions[1]._replace(delta=directions[0].delta)
+    return directions
 
 
 def gradient_shape(t: Tensor) -> tuple[int, ...]:

@@ -1,0 +1,278 @@
+// What forward and backward of the scan share: the plan, a task's tensors in scratch, coefficients, states, runs.
+#pragma once
+#include "cpu/kernels.h"
+#include "cpu/scan_steps.h"
+
+namespace pixelbytes {
+namespace {
+
+constexpr int64_t kMaxBlockTiles = 8;  // sharing B, C and the lane sums of dB, dC between more tiles gains little
+constexpr int64_t kWantedTasks = 8;    // so that a batch of one keeps several threads busy
+
+// How a scan is cut into tasks: a pure function of the sizes, so that the order of every sum is too.
+struct Plan {
+  int64_t batch, dim, seqlen, dstate, groups;
+  int64_t group_dim, group_tiles, block_tiles, group_blocks, chunks;
+  int64_t tasks() const { return batch * groups * group_blocks; }
+};
+
+template <class T>
+Plan make_plan(const ScanArgs& a) {
+  const ScanDirection& first = a.direction[0];
+  const int64_t batch = first.u.size[0], dim = first.u.size[1], seqlen = first.u.size[2], dstate = first.A.size[1];
+  int64_t groups = 1;
+  for (int d = 0; d < a.directions; ++d) {
+    if (a.direction[d].B.ndim == 4) groups = a.direction[d].B.size[1];
+    if (a.direction[d].C.ndim == 4) groups = a.direction[d].C.size[1];
+  }
+  Plan p{batch, dim, seqlen, dstate, groups, dim / groups, 0, 0, 0, (seqlen + kChunk - 1) / kChunk};
+  p.group_tiles = (p.group_dim + kLanes<T> - 1) / kLanes<T>;
+  int64_t tiles = batch * groups * p.group_tiles / kWantedTasks;
+  if (tiles > kMaxBlockTiles) tiles = kMaxBlockTiles;
+  if (tiles < 1) tiles = 1;
+  p.group_blocks = (p.group_tiles + tiles - 1) / tiles;
+  p.block_tiles = (p.group_tiles + p.group_blocks - 1) / p.group_blocks;
+  return p;
+}
+
+struct Run {
+  int offset, count;  // first step relative to the chunk's lowest time
+  bool fresh;         // the sequence index changed: the state starts from zero
+};
+
+// The runs of equal sequence index within [t0, t1), in scan order.
+inline int find_runs(const Tensor& seq_idx, int64_t batch, int64_t t0, int64_t t1, int64_t seqlen, bool reverse, Run* runs) {
+  const int steps = int(t1 - t0), first = reverse ? steps - 1 : 0, sign = reverse ? -1 : 1;
+  if (!seq_idx) {
+    runs[0] = {first, steps, false};
+    return 1;
+  }
+  int n = 0;
+  for (int i = 0; i < steps; ++i) {
+    const int64_t t = t0 + first + sign * i, before = t - sign;
+    const bool fresh = before >= 0 && before < seqlen &&
+                       load_index(seq_idx.at(batch, t), seq_idx.dtype) != load_index(seq_idx.at(batch, before), seq_idx.dtype);
+    if (i == 0 || fresh) runs[n++] = {first + sign * i, 0, fresh};
+    ++runs[n - 1].count;
+  }
+  return n;
+}
+
+// A (tile, time, lane) array in scratch: of the whole row where both directions need it, else of the present chunk only.
+template <class T>
+struct Rows {
+  T* data = nullptr;
+  int64_t steps = 0, origin = 0;
+
+  static int64_t size(int64_t tiles, int64_t steps) { return tiles * steps * kLanes<T>; }
+  void open(Scratch& scratch, int64_t tiles, bool whole, int64_t seqlen) {
+    steps = whole ? seqlen : kChunk;
+    data = scratch.take<T>(size(tiles, steps));
+  }
+  void begin_chunk(int64_t t0) { origin = steps == kChunk ? t0 : 0; }
+  T* at(int64_t tile, int64_t time) const { return data + (tile * steps + time - origin) * kLanes<T>; }
+  Block<T> block(int64_t tiles, int64_t time) const { return {at(0, time), steps * kLanes<T>, int(tiles)}; }
+};
+
+// One task: a batch row and a block of neighbouring channel tiles.
+template <class T>
+struct ScanTask {
+  static constexpr int W = kLanes<T>;
+  const ScanArgs& a;
+  const Plan& p;
+  int64_t batch, group, block, tile0, tiles, channel, channels;
+  bool separate_u, separate_delta;  // the second direction has its own
+  Rows<T> u[2], delta[2], y;
+  T *A[2], *A2[2], *D[2], *h;       // (tile, state, lane); D (tile, lane); A2 = A log2(e)
+  T *B, *C;                         // of the present chunk (time, state), or constant (tile, state, lane)
+
+  static int64_t bytes(const ScanArgs& a, const Plan& p) {
+    const int64_t row = Rows<T>::size(p.block_tiles, a.directions == 2 && p.seqlen > kChunk ? p.seqlen : kChunk);
+    const int64_t states = p.block_tiles * p.dstate * W;
+    return (row * (1 + 2 * a.directions) + states * 7 + p.block_tiles * W * 2 + 2 * kChunk * p.dstate) * int64_t(sizeof(T)) + 16 * 128;
+  }
+
+  ScanTask(const ScanArgs& args, const Plan& plan, int64_t task, Scratch& scratch) : a(args), p(plan) {
+    block = task % p.group_blocks;
+    group = task / p.group_blocks % p.groups;
+    batch = task / p.group_blocks / p.groups;
+    tile0 = block * p.block_tiles;
+    tiles = p.group_tiles - tile0 < p.block_tiles ? p.group_tiles - tile0 : p.block_tiles;
+    channel = group * p.group_dim + tile0 * W;
+    channels = p.group_dim - tile0 * W < tiles * W ? p.group_dim - tile0 * W : tiles * W;
+    separate_u = a.directions == 2 && a.direction[1].u;
+    separate_delta = a.directions == 2 && a.direction[1].delta;
+    const int64_t states = tiles * p.dstate * W;
+    for (int d = 0; d < a.directions; ++d) {
+      if (d == 0 || separate_u) u[d].open(scratch, tiles, a.directions == 2 && !separate_u, p.seqlen);
+      if (d == 0 || separate_delta) delta[d].open(scratch, tiles, a.directions == 2 && !separate_delta, p.seqlen);
+      const bool shared = d && !a.direction[d].A;
+      A[d] = shared ? A[0] : scratch.take<T>(states);
+      A2[d] = shared ? A2[0] : scratch.take<T>(states);
+      D[d] = d && !a.direction[d].D ? D[0] : scratch.take<T>(tiles * W);
+    }
+    y.open(scratch, tiles, a.directions == 2, p.seqlen);
+    h = scratch.take<T>(states);
+    B = scratch.take<T>(kChunk * p.dstate + states);
+    C = scratch.take<T>(kChunk * p.dstate + states);
+    load_parameters();
+  }
+
+  int valid(int64_t tile) const { return valid_channels(channels, tile, W); }
+  const Tensor& source(Tensor ScanDirection::*member, int d) const {
+    return a.direction[d].*member ? a.direction[d].*member : a.direction[0].*member;
+  }
+  bool varies(Tensor ScanDirection::*member, int d) const { return source(member, d).ndim == 4; }
+  Rows<T>& rows_u(int d) { return u[separate_u ? d : 0]; }
+  Rows<T>& rows_delta(int d) { return delta[separate_delta ? d : 0]; }
+  T* state(T* base, int64_t tile, int64_t n) const { return base + (tile * p.dstate + n) * W; }
+  // Where a direction's entry state of a chunk is kept between forward and backward.
+  T* kept(const Tensor& states, int64_t chunk, int64_t tile) const {
+    const int64_t tile_index = (batch * p.groups + group) * p.group_tiles + tile0 + tile;
+    return reinterpret_cast<T*>(states.data) + (chunk * p.batch * p.groups * p.group_tiles + tile_index) * p.dstate * W;
+  }
+
+  void load_parameters() {
+    for (int d = 0; d < a.directions; ++d)
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const ScanDirection& dir = a.direction[d];
+        if (d == 0 || dir.D) store(D[d] + tile * W, dir.D ? load_channels<T>(dir.D, channel + tile * W, valid(tile)) : Vec<T>{});
+        if (!dir.A) continue;
+        for (int64_t n = 0; n < p.dstate; ++n) {
+          Vec<T> v = {};
+          for (int c = 0; c < valid(tile); ++c) v[c] = load_element<T>(dir.A.at(channel + tile * W + c, n), dir.A.dtype);
+          store(state(A[d], tile, n), v);
+          store(state(A2[d], tile, n), v * T(1.4426950408889634));
+        }
+      }
+  }
+
+  // Brings a chunk of direction d in: u, and delta after bias and softplus. What the first direction left for both is not read again.
+  void begin_chunk(int d, int64_t t0, int64_t t1) {
+    y.begin_chunk(t0);
+    rows_u(d).begin_chunk(t0);
+    rows_delta(d).begin_chunk(t0);
+    if (d == 0 || separate_u) load_block<T>(plane(source(&ScanDirection::u, d), batch), channel, channels, t0, t1 - t0, u[d].block(tiles, t0));
+    if (d && !separate_delta) return;
+    load_block<T>(plane(source(&ScanDirection::delta, d), batch), channel, channels, t0, t1 - t0, delta[d].block(tiles, t0));
+    const Tensor& bias = source(&ScanDirection::delta_bias, d);
+    if (!bias && !a.delta_softplus) return;
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const Vec<T> b = bias ? load_channels<T>(bias, channel + tile * W, valid(tile)) : Vec<T>{};
+      const Mask<T> is_valid = lane_index<T>() < splat(T(valid(tile)));
+      T* at = delta[d].at(tile, t0);
+      for (int64_t i = 0; i < (t1 - t0) * W; i += W) {
+        const Vec<T> x = load(at + i) + b;
+        store(at + i, a.delta_softplus ? select(is_valid, softplus(x), Vec<T>{}) : x);
+      }
+    }
+  }
+
+  // y's skip part: the first direction sets it, the second adds its own.
+  void begin_y(int d, int64_t t0, int64_t t1) {
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const Vec<T> skip = load(D[d] + tile * W);
+      const T* from = rows_u(d).at(tile, t0);
+      T* to = y.at(tile, t0);
+      for (int64_t i = 0; i < (t1 - t0) * W; i += W) store(to + i, (d ? load(to + i) : Vec<T>{}) + skip * load(from + i));
+    }
+  }
+
+  // B or C of a chunk as (time, state); constant ones once as (tile, state, lane).
+  void load_coefficient(const Tensor& t, T* to, int64_t t0, int64_t t1) const {
+    const Plane from{t.data + (batch * t.stride[0] + group * t.stride[1]) * item_size(t.dtype), t.dtype, t.stride[2], t.stride[3]};
+    for (int64_t n = 0; n < p.dstate; n += W) {
+      const int64_t count = p.dstate - n < W ? p.dstate - n : W;
+      alignas(64) T tile[kChunk * W];
+      load_block<T>(from, n, count, t0, t1 - t0, {tile, 0, 1});
+      for (int64_t i = 0; i < t1 - t0; ++i) memcpy(to + i * p.dstate + n, tile + i * W, size_t(count) * sizeof(T));
+    }
+  }
+  void load_constant(const Tensor& t, T* to) const {
+    for (int64_t tile = 0; tile < tiles; ++tile)
+      for (int64_t n = 0; n < p.dstate; ++n) {
+        Vec<T> v = {};
+        for (int c = 0; c < valid(tile); ++c) v[c] = load_element<T>(t.at(channel + tile * W + c, n), t.dtype);
+        store(state(to, tile, n), v);
+      }
+  }
+
+  void load_states(const Tensor& from, T* to) const {  // (batch, dim, dstate), or zeros
+    for (int64_t tile = 0; tile < tiles; ++tile)
+      for (int64_t n = 0; n < p.dstate; ++n) {
+        Vec<T> v = {};
+        if (from)
+          for (int c = 0; c < valid(tile); ++c) v[c] = load_element<T>(from.at(batch, channel + tile * W + c, n), from.dtype);
+        store(state(to, tile, n), v);
+      }
+  }
+  void store_states(const Tensor& to, const T* from) const {
+    for (int64_t tile = 0; tile < tiles; ++tile)
+      for (int c = 0; c < valid(tile); ++c)
+        for (int64_t n = 0; n < p.dstate; ++n)
+          store_element<T>(to.at(batch, channel + tile * W + c, n), to.dtype, from[(tile * p.dstate + n) * W + c]);
+  }
+
+  // Where the inner loops start for states n, n + 1, ... of a tile and a run of the chunk at t0.
+  Steps<T> steps(int d, int64_t tile, int64_t t0, int64_t n, const Run& run) {
+    const T* at_B = B + (varies(&ScanDirection::B, d) ? run.offset * p.dstate + n : (tile * p.dstate + n) * W);
+    const T* at_C = C + (varies(&ScanDirection::C, d) ? run.offset * p.dstate + n : (tile * p.dstate + n) * W);
+    return {run.count, a.direction[d].reverse ? -1 : 1, rows_u(d).at(tile, t0 + run.offset), rows_delta(d).at(tile, t0 + run.offset),
+            at_B, at_C, p.dstate};
+  }
+};
+
+// Least and greatest delta of a chunk, lane by lane; `finite` is false if one is infinite or NaN.
+template <class T>
+struct Range {
+  Vec<T> low, high;
+  bool finite = true;
+
+  Range(const T* at, int64_t steps) : low(load(at)), high(load(at)) {
+    Vec<T> probe = {};
+    for (int64_t t = 0; t < steps; ++t) {
+      const Vec<T> d = load(at + t * kLanes<T>);
+      low = d < low ? d : low;
+      high = d > high ? d : high;
+      probe += d - d;
+    }
+    for (int i = 0; i < kLanes<T>; ++i) finite &= probe[i] == T(0);
+  }
+  // Whether delta * A2 of `count` states stays where the short form of exp2 is exact.
+  bool is_safe(const T* A2, int count) const {
+    Vec<T> bad = {};
+    for (int k = 0; k < count; ++k) {
+      const Vec<T> a2 = load(A2 + k * kLanes<T>), x = a2 * low, y = a2 * high;
+      const Mask<T> good = ((x < y ? x : y) > T(-65536)) & ((x < y ? y : x) < T(kExp2High));
+      bad = good ? bad : Vec<T>{} + T(1);
+    }
+    bool safe = finite;
+    for (int i = 0; i < kLanes<T>; ++i) safe &= bad[i] == T(0);
+    return safe;
+  }
+};
+
+// Calls f(n, count as a constant) for the states in passes of kStates, the rest one by one.
+template <class F>
+inline void for_states(int64_t dstate, F&& f) {
+  int64_t n = 0;
+  for (; n + kStates <= dstate; n += kStates) f(n, ConstantInt<kStates>{});
+  for (; n < dstate; ++n) f(n, ConstantInt<1>{});
+}
+
+template <class F>
+inline void with_bool(bool b, F&& f) {
+  if (b) f(ConstantInt<1>{});
+  else f(ConstantInt<0>{});
+}
+
+// f(varies_B, varies_C) as constants.
+template <class T, class F>
+inline void with_variation(const ScanTask<T>& task, int d, F&& f) {
+  with_bool(task.varies(&ScanDirection::B, d), [&](auto varies_B) {
+    with_bool(task.varies(&ScanDirection::C, d), [&](auto varies_C) { f(varies_B, varies_C); });
+  });
+}
+
+}  // namespace
+}  // namespace pixelbytes

@@ -1,0 +1,359 @@
+// selective_scan and bidirectional_selective_scan, gradients.
+//
+// Tasks as in the forward. Chunks are walked against the scan: the states of a chunk are recomputed from its stored entry state, then
+// swept from its last step to its first. dB and dC collect lane by lane over the tiles of a block and are summed once a chunk; what
+// is summed over blocks or batch rows goes to partial sums, added up in task order. No atomics, and nothing that depends on threads.
+#include "cpu/scan_block.h"
+
+namespace pixelbytes {
+namespace PIXELBYTES_ISA {
+namespace {
+
+// Partial sums of every task; null where a gradient is not wanted.
+template <class T>
+struct Partials {
+  T *dA[2], *dB[2], *dC[2], *dD[2], *dbias[2];
+};
+
+template <class T>
+struct Gradients {
+  static constexpr int W = kLanes<T>;
+  Rows<T> dy, du, ddelta;                            // du, ddelta wait here for the second direction where it shares u, delta
+  T *dh, *dA[2], *dB[2], *dC[2], *dD[2], *dbias[2];  // (tile, state, lane); the last two (tile, lane); dB, dC where constant
+  T *dx, *ddecay, *extra;                            // (tile, time in chunk, lane)
+  T *decays, *states;                                // of one pass, see recompute_steps
+  T *pass_dB, *pass_dC, *tile_dB, *tile_dC;          // (step, state of the pass, lane)
+  T *chunk_dB, *chunk_dC;                            // (step, state)
+
+  static int64_t bytes(const ScanArgs& a, const Plan& p) {
+    const int64_t row = Rows<T>::size(p.block_tiles, a.directions == 2 && p.seqlen > kChunk ? p.seqlen : kChunk);
+    const int64_t states = p.block_tiles * p.dstate * W, pass = kChunk * kStates * W;
+    return (row * 3 + states * 7 + p.block_tiles * W * 4 + 3 * p.block_tiles * kChunk * W + pass * 7 + 2 * kChunk * p.dstate) *
+               int64_t(sizeof(T)) + 32 * 128;
+  }
+
+  Gradients(const ScanTask<T>& k, Scratch& scratch) {
+    const Plan& p = k.p;
+    const int64_t states_size = k.tiles * p.dstate * W, pass = kChunk * kStates * W;
+    auto zeros = [&](int64_t count) {
+      T* q = scratch.take<T>(count);
+      memset(q, 0, size_t(count) * sizeof(T));
+      return q;
+    };
+    const bool two = k.a.directions == 2;
+    dy.open(scratch, k.tiles, two, p.seqlen);
+    if (two && !k.separate_u) du.open(scratch, k.tiles, true, p.seqlen);
+    if (two && !k.separate_delta) ddelta.open(scratch, k.tiles, true, p.seqlen);
+    for (int d = 0; d < k.a.directions; ++d) {
+      const ScanDirection& dir = k.a.direction[d];
+      dA[d] = d && !dir.A ? dA[0] : zeros(states_size);
+      dB[d] = d && !dir.B ? dB[0] : zeros(states_size);
+      dC[d] = d && !dir.C ? dC[0] : zeros(states_size);
+      dD[d] = d && !dir.D ? dD[0] : zeros(k.tiles * W);
+      dbias[d] = d && !dir.delta_bias ? dbias[0] : zeros(k.tiles * W);
+    }
+    dh = scratch.take<T>(states_size);
+    dx = scratch.take<T>(k.tiles * kChunk * W);
+    ddecay = scratch.take<T>(k.tiles * kChunk * W);
+    extra = scratch.take<T>(k.tiles * kChunk * W);
+    decays = scratch.take<T>(pass);
+    states = scratch.take<T>(2 * pass);  // every run has a state more than it has steps
+    pass_dB = scratch.take<T>(pass);
+    pass_dC = scratch.take<T>(pass);
+    tile_dB = scratch.take<T>(pass);
+    tile_dC = scratch.take<T>(pass);
+    chunk_dB = scratch.take<T>(kChunk * p.dstate);
+    chunk_dC = scratch.take<T>(kChunk * p.dstate);
+  }
+  Block<T> block(T* chunk_rows, int64_t tiles) const { return {chunk_rows, kChunk * W, int(tiles)}; }
+};
+
+// Sums (step, state of the pass, lane) over the lanes into out[step * dstate + state].
+template <class T, int kCount>
+void reduce_lanes(const T* rows, int steps, int64_t dstate, T* out) {
+  constexpr int W = kLanes<T>;
+  for (int i = 0; i < steps * kCount; i += W) {
+    Vec<T> v[W];
+    for (int j = 0; j < W; ++j) v[j] = i + j < steps * kCount ? load(rows + (i + j) * W) : Vec<T>{};
+    const Vec<T> sums = sum_lanes<T>(v);
+    for (int j = 0; j < W && i + j < steps * kCount; ++j) out[(i + j) / kCount * dstate + (i + j) % kCount] = sums[j];
+  }
+}
+
+// Adds the valid lanes only: in the others a NaN or infinity of B or C may have met a zero.
+template <class T>
+void add_valid_lanes(T* to, const T* from, int64_t count, int channels) {
+  const Mask<T> valid = lane_index<T>() < splat(T(channels));
+  for (int64_t i = 0; i < count; ++i, to += kLanes<T>, from += kLanes<T>) store(to, load(to) + select(valid, load(from), Vec<T>{}));
+}
+
+// dy = scale * dout * silu(z). Needed by both directions, formed by the first.
+template <class T>
+void begin_dy(ScanTask<T>& k, Gradients<T>& g, int d, int64_t t0, int64_t t1) {
+  constexpr int W = kLanes<T>;
+  g.dy.begin_chunk(t0);
+  if (d) return;
+  const Plane z = plane(k.a.z, k.batch);
+  const T scale = T(k.a.scale);
+  load_block<T>(plane(k.a.dout, k.batch), k.channel, k.channels, t0, t1 - t0, g.dy.block(k.tiles, t0));
+  if (z) load_block<T>(z, k.channel, k.channels, t0, t1 - t0, g.block(g.extra, k.tiles));
+  for (int64_t tile = 0; tile < k.tiles; ++tile) {
+    T* dy = g.dy.at(tile, t0);
+    for (int64_t i = 0; i < (t1 - t0) * W; i += W) {
+      const Vec<T> v = load(dy + i) * scale;
+      store(dy + i, z ? v * silu(load(g.extra + tile * kChunk * W + i)) : v);
+    }
+  }
+}
+
+// From the recomputed y: the gradient of z, and the output once more for whoever did not keep it.
+template <class T>
+void store_gate(ScanTask<T>& k, Gradients<T>& g, int64_t t0, int64_t t1) {
+  constexpr int W = kLanes<T>;
+  const Plane z = plane(k.a.z, k.batch), dz = plane(k.a.dz, k.batch), out = plane(k.a.out, k.batch);
+  const T scale = T(k.a.scale);
+  if (z) load_block<T>(z, k.channel, k.channels, t0, t1 - t0, g.block(g.extra, k.tiles));
+  if (dz) load_block<T>(plane(k.a.dout, k.batch), k.channel, k.channels, t0, t1 - t0, g.block(g.dx, k.tiles));
+  for (int64_t tile = 0; tile < k.tiles; ++tile) {
+    T *y = k.y.at(tile, t0), *gate = g.extra + tile * kChunk * W;
+    const T* dout = g.dx + tile * kChunk * W;
+    for (int64_t i = 0; i < (t1 - t0) * W; i += W) {
+      Vec<T> v = load(y + i) * scale;
+      if (z) {
+        const Vec<T> x = load(gate + i), s = sigmoid(x);
+        if (dz) store(gate + i, load(dout + i) * v * (s * (1 + x * (1 - s))));
+        v *= silu(x);
+      }
+      store(y + i, v);
+    }
+  }
+  if (dz) store_block<T>(dz, k.channel, k.channels, t0, t1 - t0, g.block(g.extra, k.tiles));
+  if (out) store_block<T>(out, k.channel, k.channels, t0, t1 - t0, k.y.block(k.tiles, t0));
+}
+
+// The states n, n + 1, ... (kCount of them) of every tile over one chunk: recompute, sweep, sum over the lanes.
+template <class T, bool kVariesB, bool kVariesC, int kCount>
+void backward_pass(ScanTask<T>& k, Gradients<T>& g, int d, int64_t chunk, int64_t t0, int steps, int64_t n, const Run* runs, int count) {
+  constexpr int W = kLanes<T>, kRow = kCount * W;
+  const size_t pass_bytes = sizeof(T) * size_t(steps) * kRow;
+  if (kVariesB) memset(g.pass_dB, 0, pass_bytes);
+  if (kVariesC) memset(g.pass_dC, 0, pass_bytes);
+  for (int64_t tile = 0; tile < k.tiles; ++tile) {
+    const bool whole = k.valid(tile) == W;
+    T* dB = kVariesB ? (whole ? g.pass_dB : g.tile_dB) : k.state(g.dB[d], tile, n);
+    T* dC = kVariesC ? (whole ? g.pass_dC : g.tile_dC) : k.state(g.dC[d], tile, n);
+    if (kVariesB && !whole) memset(dB, 0, pass_bytes);
+    if (kVariesC && !whole) memset(dC, 0, pass_bytes);
+    const T *A = k.state(k.A[d], tile, n), *A2 = k.state(k.A2[d], tile, n);
+    T *dh = k.state(g.dh, tile, n), *dA = k.state(g.dA[d], tile, n);
+    alignas(64) T h[kRow];
+    memcpy(h, k.kept(k.a.direction[d].states, chunk, tile) + n * W, sizeof h);
+    int begin[kChunk];  // run r's decays start at step begin[r] in scan order, its states r slots later
+    const Range<T> range(k.rows_delta(d).at(tile, t0), steps);
+    with_bool(range.is_safe(A2, kCount), [&](auto safe) {
+      with_bool(k.a.dz || k.a.out, [&](auto with_y) {
+        int done = 0;
+        for (int r = 0; r < count; ++r) {
+          if (runs[r].fresh) memset(h, 0, sizeof h);
+          begin[r] = done;
+          recompute_steps<T, kCount, kVariesB, kVariesC, decltype(safe)::value, decltype(with_y)::value>(
+              k.steps(d, tile, t0, n, runs[r]), A2, h, k.y.at(tile, t0 + runs[r].offset), g.decays + done * kRow,
+              g.states + (done + r) * kRow);
+          done += runs[r].count;
+        }
+      });
+    });
+    for (int r = count - 1; r >= 0; --r) {
+      const int64_t at = (tile * kChunk + runs[r].offset) * W;
+      const Sweep<T> sweep{g.dy.at(tile, t0 + runs[r].offset), g.dx + at, g.ddecay + at, g.decays + begin[r] * kRow,
+                           g.states + (begin[r] + r) * kRow, dB + (kVariesB ? begin[r] * kRow : 0),
+                           dC + (kVariesC ? begin[r] * kRow : 0), dh, dA};
+      sweep_steps<T, kCount, kVariesB, kVariesC>(k.steps(d, tile, t0, n, runs[r]), sweep, A);
+      if (runs[r].fresh) memset(dh, 0, sizeof(T) * kRow);
+    }
+    if (kVariesB && !whole) add_valid_lanes(g.pass_dB, dB, int64_t(steps) * kCount, k.valid(tile));
+    if (kVariesC && !whole) add_valid_lanes(g.pass_dC, dC, int64_t(steps) * kCount, k.valid(tile));
+  }
+  if (kVariesB) reduce_lanes<T, kCount>(g.pass_dB, steps, k.p.dstate, g.chunk_dB + n);
+  if (kVariesC) reduce_lanes<T, kCount>(g.pass_dC, steps, k.p.dstate, g.chunk_dC + n);
+}
+
+// A chunk of dB or dC, in scan order, onto the task's partial sums in order of time.
+template <class T>
+void add_chunk(const ScanTask<T>& k, bool reverse, int64_t t0, int64_t t1, const T* chunk, T* partial) {
+  for (int64_t i = 0; i < t1 - t0; ++i) {
+    const int64_t t = reverse ? t1 - 1 - i : t0 + i;
+    T* to = partial + (((k.block * k.p.batch + k.batch) * k.p.groups + k.group) * k.p.seqlen + t) * k.p.dstate;
+    for (int64_t n = 0; n < k.p.dstate; ++n) to[n] += chunk[i * k.p.dstate + n];
+  }
+}
+
+// From dx and ddecay of a chunk to du, and ddelta back through softplus and bias; written out once both directions are in.
+template <class T>
+void store_input_gradients(ScanTask<T>& k, Gradients<T>& g, int d, int64_t t0, int64_t t1) {
+  constexpr int W = kLanes<T>;
+  const ScanDirection& dir = k.a.direction[d];
+  const bool last = d == k.a.directions - 1, whole_u = last || k.separate_u, whole_delta = last || k.separate_delta;
+  const bool add_u = d && !k.separate_u, add_delta = d && !k.separate_delta;
+  if (whole_delta && k.a.delta_softplus)
+    load_block<T>(plane(k.source(&ScanDirection::delta, d), k.batch), k.channel, k.channels, t0, t1 - t0, g.block(g.extra, k.tiles));
+  const Tensor& bias = k.source(&ScanDirection::delta_bias, d);
+  for (int64_t tile = 0; tile < k.tiles; ++tile) {
+    const Vec<T> skip = load(k.D[d] + tile * W);
+    const Vec<T> shift = bias ? load_channels<T>(bias, k.channel + tile * W, k.valid(tile)) : Vec<T>{};
+    Vec<T> dD = load(g.dD[d] + tile * W), dbias = load(g.dbias[d] + tile * W);
+    const T *u = k.rows_u(d).at(tile, t0), *delta = k.rows_delta(d).at(tile, t0), *dy = g.dy.at(tile, t0);
+    T *dx = g.dx + tile * kChunk * W, *ddecay = g.ddecay + tile * kChunk * W, *raw = g.extra + tile * kChunk * W;
+    for (int64_t i = 0; i < (t1 - t0) * W; i += W) {
+      const Vec<T> gx = load(dx + i), gy = load(dy + i), x = load(u + i);
+      Vec<T> du = load(delta + i) * gx + skip * gy, ddelta = x * gx + load(ddecay + i);
+      dD += x * gy;
+      if (add_u) du += load(g.du.at(tile, t0) + i);
+      if (add_delta) ddelta += load(g.ddelta.at(tile, t0) + i);
+      if (!whole_u) store(g.du.at(tile, t0) + i, du);
+      if (!whole_delta) {
+        store(g.ddelta.at(tile, t0) + i, ddelta);
+      } else {
+        if (k.a.delta_softplus) {
+          const Vec<T> before = load(raw + i) + shift;
+          ddelta = select(before > 20, ddelta, ddelta * sigmoid(before));
+        }
+        dbias += ddelta;
+      }
+      store(dx + i, du);
+      store(ddecay + i, ddelta);
+    }
+    store(g.dD[d] + tile * W, dD);
+    store(g.dbias[d] + tile * W, dbias);
+  }
+  const Tensor& du = k.separate_u ? dir.du : k.a.direction[0].du;
+  const Tensor& ddelta = k.separate_delta ? dir.ddelta : k.a.direction[0].ddelta;
+  if (whole_u && du) store_block<T>(plane(du, k.batch), k.channel, k.channels, t0, t1 - t0, g.block(g.dx, k.tiles));
+  if (whole_delta && ddelta) store_block<T>(plane(ddelta, k.batch), k.channel, k.channels, t0, t1 - t0, g.block(g.ddecay, k.tiles));
+}
+
+template <class T, bool kVariesB, bool kVariesC>
+void backward_direction(ScanTask<T>& k, Gradients<T>& g, int d, const Partials<T>& partials) {
+  const ScanDirection& dir = k.a.direction[d];
+  const Plan& p = k.p;
+  const Tensor &B = k.source(&ScanDirection::B, d), &C = k.source(&ScanDirection::C, d);
+  if (!kVariesB) k.load_constant(B, k.B);
+  if (!kVariesC) k.load_constant(C, k.C);
+  k.load_states(dir.dlast_state, g.dh);
+  Run runs[kChunk];
+  for (int64_t i = p.chunks - 1; i >= 0; --i) {
+    const int64_t chunk = dir.reverse ? p.chunks - 1 - i : i, t0 = chunk * kChunk;
+    const int64_t t1 = t0 + kChunk < p.seqlen ? t0 + kChunk : p.seqlen;
+    k.begin_chunk(d, t0, t1);
+    if (k.a.dz || k.a.out) k.begin_y(d, t0, t1);
+    begin_dy(k, g, d, t0, t1);
+    if (kVariesB) k.load_coefficient(B, k.B, t0, t1);
+    if (kVariesC) k.load_coefficient(C, k.C, t0, t1);
+    const int count = find_runs(k.a.seq_idx, k.batch, t0, t1, p.seqlen, dir.reverse, runs);
+    memset(g.dx, 0, sizeof(T) * size_t(k.tiles) * kChunk * kLanes<T>);
+    memset(g.ddecay, 0, sizeof(T) * size_t(k.tiles) * kChunk * kLanes<T>);
+    for_states(p.dstate, [&](int64_t n, auto states) {
+      backward_pass<T, kVariesB, kVariesC, decltype(states)::value>(k, g, d, chunk, t0, int(t1 - t0), n, runs, count);
+    });
+    if (kVariesB && partials.dB[d]) add_chunk(k, dir.reverse, t0, t1, g.chunk_dB, partials.dB[d]);
+    if (kVariesC && partials.dC[d]) add_chunk(k, dir.reverse, t0, t1, g.chunk_dC, partials.dC[d]);
+    store_input_gradients(k, g, d, t0, t1);
+    if (d == k.a.directions - 1 && (k.a.dz || k.a.out)) store_gate(k, g, t0, t1);
+  }
+  if (dir.dinitial_state) k.store_states(dir.dinitial_state, g.dh);
+}
+
+// (tile, count, lane) -> (batch, dim, count): this task's part of a gradient that is summed over the batch.
+template <class T>
+void store_partial(const ScanTask<T>& k, const T* from, int64_t count, T* to) {
+  for (int64_t tile = 0; tile < k.tiles; ++tile)
+    for (int c = 0; c < k.valid(tile); ++c)
+      for (int64_t n = 0; n < count; ++n)
+        to[(k.batch * k.p.dim + k.channel + tile * kLanes<T> + c) * count + n] = from[(tile * count + n) * kLanes<T> + c];
+}
+
+// One gradient's partial sums: (parts, size), zeroed, summed over `parts` in order into the contiguous output.
+template <class T>
+class PartialSum {
+ public:
+  PartialSum() = default;
+  ~PartialSum() { free(data_); }
+  PartialSum(const PartialSum&) = delete;
+
+  bool open(const Tensor& out, int64_t parts, int64_t size) {
+    if (!out) return true;
+    out_ = reinterpret_cast<T*>(out.data), parts_ = parts, size_ = size;
+    data_ = static_cast<T*>(calloc(size_t(parts * size) + 1, sizeof(T)));
+    return data_ != nullptr;
+  }
+  T* data() const { return data_; }
+  void close(int threads) const {
+    if (!out_) return;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < size_; ++i) {
+      T sum = data_[i];
+      for (int64_t k = 1; k < parts_; ++k) sum += data_[k * size_ + i];
+      out_[i] = sum;
+    }
+  }
+
+ private:
+  T *data_ = nullptr, *out_ = nullptr;
+  int64_t parts_ = 0, size_ = 0;
+};
+
+template <class T>
+const char* backward(const ScanArgs& a) {
+  const Plan p = make_plan<T>(a);
+  PartialSum<T> sums[2][5];
+  Partials<T> partials{};
+  bool failed = false;
+  for (int d = 0; d < a.directions; ++d) {
+    const ScanDirection& dir = a.direction[d];
+    const int64_t rows = p.batch * p.groups * p.seqlen * p.dstate, states = p.dim * p.dstate;
+    PartialSum<T>* s = sums[d];
+    failed |= !s[0].open(dir.dA, p.batch, states) | !s[3].open(dir.dD, p.batch, p.dim) | !s[4].open(dir.ddelta_bias, p.batch, p.dim);
+    failed |= !(dir.B.ndim == 4 ? s[1].open(dir.dB, p.group_blocks, rows) : s[1].open(dir.dB, p.batch, states));
+    failed |= !(dir.C.ndim == 4 ? s[2].open(dir.dC, p.group_blocks, rows) : s[2].open(dir.dC, p.batch, states));
+    partials.dA[d] = s[0].data();
+    partials.dB[d] = d && !dir.B ? partials.dB[0] : s[1].data();
+    partials.dC[d] = d && !dir.C ? partials.dC[0] : s[2].data();
+    partials.dD[d] = s[3].data();
+    partials.dbias[d] = s[4].data();
+  }
+  if (!failed) {
+#pragma omp parallel for schedule(dynamic, 1) num_threads(a.threads)
+    for (int64_t i = 0; i < p.tasks(); ++i) {
+      Scratch scratch(ScanTask<T>::bytes(a, p) + Gradients<T>::bytes(a, p));
+      if (!scratch) {
+        failed = true;
+        continue;
+      }
+      ScanTask<T> task(a, p, i, scratch);
+      Gradients<T> g(task, scratch);
+      for (int d = 0; d < a.directions; ++d)
+        with_variation(task, d, [&](auto varies_B, auto varies_C) {
+          backward_direction<T, decltype(varies_B)::value, decltype(varies_C)::value>(task, g, d, partials);
+        });
+      for (int d = 0; d < a.directions; ++d) {
+        const ScanDirection& dir = a.direction[d];
+        if (dir.dA) store_partial(task, g.dA[d], p.dstate, partials.dA[d]);
+        if (dir.dB && dir.B.ndim == 2) store_partial(task, g.dB[d], p.dstate, partials.dB[d]);
+        if (dir.dC && dir.C.ndim == 2) store_partial(task, g.dC[d], p.dstate, partials.dC[d]);
+        if (dir.dD) store_partial(task, g.dD[d], 1, partials.dD[d]);
+        if (dir.ddelta_bias) store_partial(task, g.dbias[d], 1, partials.dbias[d]);
+      }
+    }
+  }
+  if (failed) return "selective_scan backward: out of memory for scratch";
+  for (auto& direction : sums)
+    for (auto& sum : direction) sum.close(a.threads);
+  return nullptr;
+}
+
+}  // namespace
+
+const char* scan_backward(const ScanArgs& a) { return a.use_double ? backward<double>(a) : backward<float>(a); }
+
+}  // namespace PIXELBYTES_ISA
+}  // namespace pixelbytes
