@@ -42,7 +42,7 @@ class TrainConfig:
     bidirectional: bool = _option(False, "read windows both ways, one target a window (the paper's objective)")
     dim: int = _option(64, "width of the model")
     state: int = _option(16, "state size of a Mamba channel")
-    depth: int = _option(2, "layers; for mamba those between the in and out stages")
+    depth: int = _option(1, "layers; for mamba those between the in and out stages")
     heads: int = _option(4, "attention heads")
     embed: str = _option("pxby", "pxby: the 3x3 window; centre: its centre alone (mamba)")
     conv: bool = _option(True, "the 3x3 convolution of the embedding")
@@ -53,7 +53,7 @@ class TrainConfig:
         None, "tokens in a window; default: whole rows for all, at most 1024, 256 for last"
     )
     stride: int | None = _option(None, "tokens between windows; default: seq_length for all, 32 for last")
-    batch_size: int = _option(16, "windows a step")
+    batch_size: int = _option(4, "windows a step")
     learning_rate: float = _option(3e-3, "highest learning rate (AdamW)")
     weight_decay: float = _option(0.01, "of AdamW")
     grad_clip: float = _option(1.0, "highest norm of the gradients")

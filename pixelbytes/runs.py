@@ -300,17 +300,15 @@ def evaluate_run(
 
 def write_samples(run: Run, model: SequenceModel, test: Corpus) -> list[Sample]:
     """Draw images from captions of test items, and captions from their images; samples.png and samples.txt."""
-    count = min(8 if model.incremental else 2, len(test))
-    text_first, image_first = run.config.order != "image-first", run.config.order != "text-first"
+    count = 8 if model.incremental else 2  # of each sort
+    items = np.linspace(0, len(test) - 1, min(2 * count, len(test))).astype(int).tolist()
     titles, prompts = [], []
-    for index in range(count):
-        if text_first:
-            prompts.append(Prompt(text=test.captions[index], exact=True))
-            titles.append("drawn from the text")
-    for index in range(count, min(2 * count, len(test))) if image_first else ():
-        image = test.images[index]
-        prompts.append(Prompt(image=image))
-        titles.append("written for the image")
+    if run.config.order != "image-first":
+        prompts += [Prompt(text=test.captions[index], exact=True) for index in items[::2]]
+        titles += ["drawn from the text"] * len(prompts)
+    if run.config.order != "text-first":
+        prompts += [Prompt(image=test.images[index]) for index in items[1::2]]
+        titles += ["written for the image"] * (len(prompts) - len(titles))
     samples = generate(model, run.tokenizer, prompts, temperature=0.8, seed=0, context=run.seq_length)
     cells = [(sample.image, f"{title}: {sample.text}") for title, sample in zip(titles, samples, strict=True)]
     save_png(sheet(cells), run.path / "samples.png")
