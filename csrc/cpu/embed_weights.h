@@ -110,12 +110,12 @@ struct EmbedWeights {
   // Reads every weight; padding stays zero.
   void read() {
     for (int64_t e = 0; e < width_row; e += W) {
-      load_tile<T>({a.emb.data, a.emb.dtype, a.emb.stride[1], a.emb.stride[0]}, e, lanes(width, e), 0, vocab, tile);
+      load_block<T>({a.emb.data, a.emb.dtype, a.emb.stride[1], a.emb.stride[0]}, e, lanes(width, e), 0, vocab, {tile, 0, 1});
       for (int64_t v = 0; v < vocab; ++v) store(emb + v * width_row + e, load(tile + v * W));
     }
     for (int64_t d = 0; d < dim_row; d += W) {
-      load_tile<T>({a.proj_weight.data, a.proj_weight.dtype, a.proj_weight.stride[0], a.proj_weight.stride[1]}, d, lanes(dim, d), 0,
-                   width * kCells, tile);
+      load_block<T>({a.proj_weight.data, a.proj_weight.dtype, a.proj_weight.stride[0], a.proj_weight.stride[1]}, d, lanes(dim, d), 0,
+                    width * kCells, {tile, 0, 1});
       for (int64_t i = 0; i < width * kCells; ++i) store(proj + cell_major(i) * dim_row + d, load(tile + i * W));
     }
     read_row(a.proj_bias, dim, proj_bias);
@@ -175,11 +175,12 @@ struct EmbedGradients {
     const EmbedArgs& a = w.a;
     for (int64_t e = 0; a.demb && e < w.width_row; e += W) {
       for (int64_t v = 0; v < w.vocab; ++v) store(w.tile + v * W, load(emb + v * w.width_row + e));
-      store_tile<T>({a.demb.data, a.demb.dtype, 1, w.width}, e, w.lanes(w.width, e), 0, w.vocab, w.tile);
+      store_block<T>({a.demb.data, a.demb.dtype, 1, w.width}, e, w.lanes(w.width, e), 0, w.vocab, {w.tile, 0, 1});
     }
     for (int64_t d = 0; a.dproj_weight && d < w.dim_row; d += W) {
       for (int64_t i = 0; i < w.width * kCells; ++i) store(w.tile + i * W, load(proj + w.cell_major(i) * w.dim_row + d));
-      store_tile<T>({a.dproj_weight.data, a.dproj_weight.dtype, w.width * kCells, 1}, d, w.lanes(w.dim, d), 0, w.width * kCells, w.tile);
+      store_block<T>({a.dproj_weight.data, a.dproj_weight.dtype, w.width * kCells, 1}, d, w.lanes(w.dim, d), 0, w.width * kCells,
+                     {w.tile, 0, 1});
     }
     if (a.dconv_weight) {
       char* to = a.dconv_weight.data;
@@ -271,15 +272,18 @@ void unfold(const EmbedWeights<T>& w, const EmbedTable<T>& t, const T* dtable, c
         if (const int k = tap(p, q); k >= 0)
           product(E, row, E, w.at_tap(w.taps_in, k), w.width_row, int64_t(1), w.at_cell(s.dfold, p), row, dproj, row, true);
       // Here dproj is still the gradient that mixed gets.
-      T dkeep = 0, dmix = 0;
-      for (int64_t o = 0; o < E; ++o)
-        for (int64_t d = 0; d < D; ++d) {
-          const int64_t i = o * row + d;
-          dkeep += proj[i] * dfold[i];
-          dmix += proj[i] * dproj[i];
-          dproj[i] = w.keep[q] * dfold[i] + w.mix[q] * dproj[i];
+      double dkeep = 0, dmix = 0;  // in lanes and rows first: one number is left of E x D products
+      for (int64_t o = 0; o < E; ++o) {
+        Vec<T> keep_row = {}, mix_row = {};
+        for (int64_t i = o * row; i < (o + 1) * row; i += kLanes<T>) {
+          const Vec<T> weight = load(proj + i), kept = load(dfold + i), mixed = load(dproj + i);
+          keep_row += weight * kept;
+          mix_row += weight * mixed;
+          store(dproj + i, w.keep[q] * kept + w.mix[q] * mixed);
         }
-      g.keep[q] = dkeep, g.mix[q] = dmix;
+        for (int lane = 0; lane < kLanes<T>; ++lane) dkeep += double(keep_row[lane]), dmix += double(mix_row[lane]);
+      }
+      g.keep[q] = T(dkeep), g.mix[q] = T(dmix);
     }
 #pragma omp for schedule(dynamic, 1)
     for (int k = 0; k < (w.conv ? kCells : 0); ++k)

@@ -1,4 +1,5 @@
-"""pxby_embed: every backend and both of the kernel's forms against the float64 oracle; ids, determinism, compile, errors."""
+"""pxby_embed: every backend and both of the kernel's forms against the float64 oracle; ids, determinism, compile,
+errors."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ def weights_of(inputs):
     return [v.requires_grad_() for k, v in inputs.items() if k != "tokens" and v is not None]
 
 
-# D=81 and V=320: rows that end in a part of a vector; 1030 tokens: past the chunk of 512; B=L=1: one token; D=7: less than a vector.
+# D=81 and V=320: rows that end in a part of a vector; 1030 tokens: past the chunk of 512; B=L=1: one token; D=7: less
+# than a vector.
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(

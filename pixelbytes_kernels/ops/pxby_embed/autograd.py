@@ -1,7 +1,7 @@
 """Autograd of pxby_embed over whichever kernel was chosen.
 
-Eager code goes through `Embed`, a plain autograd.Function. Under torch.compile, export and opcheck the same call is the registered
-op `pixelbytes::pxby_embed` with its backward op. Both keep the inputs and nothing else.
+Eager code goes through `Embed`, a plain autograd.Function. Under torch.compile, export and opcheck the same call is
+the registered op `pixelbytes::pxby_embed` with its backward op. Both keep the inputs and nothing else.
 
 A backend is a module with `forward` and `backward`; see `cpu.py` for what they take and return.
 """
@@ -49,7 +49,7 @@ class Embed(torch.autograd.Function):
         return (None, None, None, *grads)
 
 
-# ---- registered ops ----------------------------------------------------------------------------------------------------
+# ---- registered ops ----------------------------------------------------------------------------------------
 
 _library = torch.library.Library("pixelbytes", "FRAGMENT")
 _arguments = ", ".join(f"Tensor{'?' if name in OPTIONAL else ''} {name}" for name in ("tokens", *WEIGHTS))
@@ -102,5 +102,7 @@ for _device in ("CPU", "CUDA", "XPU"):
     _library.impl("pxby_embed_backward", _backward, _device)
 torch.library.register_fake("pixelbytes::pxby_embed", _fake_forward, lib=_library)
 torch.library.register_fake("pixelbytes::pxby_embed_backward", _fake_backward, lib=_library)
-torch.library.register_autograd("pixelbytes::pxby_embed", _autograd_backward, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd(
+    "pixelbytes::pxby_embed", _autograd_backward, setup_context=_setup_context, lib=_library
+)
 torch.library.register_autograd("pixelbytes::pxby_embed_backward", _refuse, lib=_library)

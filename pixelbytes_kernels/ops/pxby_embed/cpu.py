@@ -29,7 +29,7 @@ def backward(
     needs: Sequence[bool],
     folded: bool | None = None,
 ) -> list[Tensor | None]:
-    """Gradients of the weights, None where absent or not needed. Nothing but the inputs is kept between forward and backward."""
+    """Gradients of the weights, None where absent or not needed; the inputs are all that the forward has to keep."""
     emb, proj_weight = weights[0], weights[4]
     assert emb is not None and proj_weight is not None
     make = torch.empty if dout.numel() else torch.zeros
@@ -47,7 +47,8 @@ def backward(
 def options(tokens: Tensor, emb: Tensor, proj_weight: Tensor, folded: bool | None) -> tuple[bool, bool, int]:
     """folded, use_double, threads: the same for forward and backward."""
     if folded is None:
-        folded = folded_is_cheaper(tokens.shape[0] * tokens.shape[1], *emb.shape, proj_weight.shape[0])
+        vocab, width = emb.shape
+        folded = folded_is_cheaper(tokens.shape[0] * tokens.shape[1], vocab, width, proj_weight.shape[0])
     return folded, emb.dtype == torch.float64, torch.get_num_threads()
 
 

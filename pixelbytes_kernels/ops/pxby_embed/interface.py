@@ -35,7 +35,8 @@ def pxby_embed(
         emb: (V, E), float32, float64, float16 or bfloat16; every other weight has its dtype.
         conv_weight: (E, E, 3, 3), padding 1 within the window; None leaves the convolution out: Y = s X.
         conv_bias: (E) or None.
-        alpha: (1, 1, 3, 3), one gate per cell; None weighs both paths alike, as alpha = 0 does (with no convolution: Y = X).
+        alpha: (1, 1, 3, 3), one gate per cell; None weighs both paths alike, as alpha = 0 does (with no convolution:
+            Y = X).
         proj_weight: (D, 9 E), its columns channel-major: channel * 9 + cell.
         proj_bias: (D) or None.
         norm_weight, norm_bias: (D).
@@ -43,15 +44,16 @@ def pxby_embed(
         backend: "auto", "cpu", "torch", "reference", ...; see `available_backends`.
 
     Returns:
-        (batch, seqlen, D) in the dtype of the weights. Sums are float32, or float64 where the weights are, also under autocast.
+        (batch, seqlen, D) in the dtype of the weights. Sums are float32, or float64 where the weights are, also under
+        autocast.
 
     Raises:
-        ValueError: a wrong shape or device. TypeError: a wrong dtype. IndexError: an id outside [0, V), named with its place.
-        RuntimeError: `backend` cannot run here; second derivatives, which only backend="reference" has.
+        ValueError: a wrong shape or device. TypeError: a wrong dtype. IndexError: an id outside [0, V), named with
+        its place. RuntimeError: `backend` cannot run here; second derivatives, which only backend="reference" has.
 
-    Source: the PixelBytes paper, Algorithm 1, with the biases and the LayerNorm of the published code. The result is the same for
-    any number of threads. Values are not checked: NaN and infinity pass through, and in the row of an id that does not occur they
-    may still reach the gradients of the shared weights.
+    Source: the PixelBytes paper, Algorithm 1, with the biases and the LayerNorm of the published code. The result is
+    the same for any number of threads. Values are not checked: NaN and infinity pass through, and in the row of an id
+    that does not occur they may still reach the gradients of the shared weights.
     """
     weights = (emb, conv_weight, conv_bias, alpha, proj_weight, proj_bias, norm_weight, norm_bias)
     check_embed(tokens, *weights)

@@ -1,4 +1,4 @@
-"""pxby_embed, the definition: lookup, 3x3 convolution, gate, projection, LayerNorm, in the dtype of the weights. Never tuned.
+"""pxby_embed, the definition: lookup, 3x3 convolution, gate, projection, LayerNorm. Never tuned.
 
     X = emb[tokens]                         one embedding per cell of the 3x3 window
     Y = s X + (1 - s) Conv(X)               s = sigmoid(alpha), one number per cell

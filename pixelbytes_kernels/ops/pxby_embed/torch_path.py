@@ -1,7 +1,7 @@
-"""pxby_embed in plain PyTorch without the (batch * seqlen, E, 3, 3) intermediates: `embedding_bag` on the folded table, LayerNorm.
+"""pxby_embed in lean PyTorch: `embedding_bag` on a folded table, LayerNorm; no (batch * seqlen, E, 3, 3) tensors.
 
-Convolution, gate and projection are linear, and the convolution never leaves its window. So what goes into the LayerNorm is
-shift + the sum over the nine cells p of table[id_p, p], and both are computed from the weights alone.
+Convolution, gate and projection are linear, and the convolution never leaves its window. So what goes into the
+LayerNorm is shift + the sum over the nine cells p of table[id_p, p], and both are computed from the weights alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ def embed(tokens: Tensor, *weights: Tensor | None, eps: float) -> Tensor:
         wide = weights[0].dtype if tokens.device.type == "mps" else torch.float64  # type: ignore[union-attr]
         table, shift = fold(*(None if w is None else w.to(wide) for w in weights[:6]))  # type: ignore[arg-type]
         cells = torch.arange(9, device=tokens.device)
-        rows = tokens.reshape(batch * seqlen, 9).long() * 9 + cells  # an id outside the vocabulary stays outside the table
+        # An id outside the vocabulary stays outside the table.
+        rows = tokens.reshape(batch * seqlen, 9).long() * 9 + cells
         norm_weight, norm_bias = weights[6:]
         assert norm_weight is not None
         pre = F.embedding_bag(rows, table.to(norm_weight.dtype), mode="sum")  # (batch * seqlen, D)
@@ -65,7 +66,7 @@ def fold(
 
 
 def check_ids(tokens: Tensor, vocab: int) -> None:
-    """IndexError for the first id outside [0, vocab). On a GPU or while compiling it is left to the lookup: a check would wait."""
+    """IndexError for the first id outside [0, vocab). On a GPU or while compiling it is left to the lookup."""
     if tokens.device.type != "cpu" or tokens.numel() == 0 or torch.compiler.is_compiling():
         return
     low, high = torch.aminmax(tokens)
