@@ -250,14 +250,12 @@ def test_uninitialised_memory_is_never_seen():
     assert outputs[0] == outputs[1]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_double_backward_is_refused(backend, form):
-    if backend == "torch":
-        pytest.skip("plain torch: autograd's own rules")
+@needs_cpu
+def test_double_backward_is_refused(form):
     inputs = embed_inputs(1, 5, 10, 12)
     weights = weights_of(inputs)
-    (grad,) = torch.autograd.grad(pxby_embed(**inputs, backend=backend).square().sum(), weights[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|second derivatives|does not require grad"):
+    (grad,) = torch.autograd.grad(pxby_embed(**inputs, backend="cpu").square().sum(), weights[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 
 

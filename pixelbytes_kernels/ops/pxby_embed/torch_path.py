@@ -13,6 +13,8 @@ from torch import Tensor
 from .formulation import folded_is_cheaper
 from .reference import path_weights, pxby_embed_ref
 
+PIECE = 1024  # tokens
+
 
 def embed(tokens: Tensor, *weights: Tensor | None, eps: float) -> Tensor:
     """Arguments as `pxby_embed`, checked. Computes in float32, or float64 where the weights are."""
@@ -34,7 +36,10 @@ def embed(tokens: Tensor, *weights: Tensor | None, eps: float) -> Tensor:
         rows = tokens.reshape(batch * seqlen, 9).long() * 9 + cells
         norm_weight, norm_bias = weights[6:]
         assert norm_weight is not None
-        pre = F.embedding_bag(rows, table.to(norm_weight.dtype), mode="sum")  # (batch * seqlen, D)
+        table = table.to(norm_weight.dtype)
+        # In pieces on the CPU, where the gradient of a row is one long chain of additions: id 0 fills four cells.
+        pieces = rows.split(PIECE) if rows.device.type == "cpu" else [rows]
+        pre = torch.cat([F.embedding_bag(piece, table, mode="sum") for piece in pieces])  # (batch * seqlen, D)
         if shift is not None:
             pre = pre + shift.to(norm_weight.dtype)
         out = F.layer_norm(pre, pre.shape[-1:], norm_weight, norm_bias, eps)
