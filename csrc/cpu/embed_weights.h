@@ -304,6 +304,7 @@ constexpr int64_t kDirectTokens = 64;
 // X, Conv(X) and Y of up to kDirectTokens tokens, (token, cell, width_row), and gradients of the same shape.
 template <class T>
 struct EmbedDirect {
+  static constexpr int W = kLanes<T>;
   T *x, *z, *y, *dx, *dy, *proj_columns;  // proj_columns (cell, D, width_row)
 
   template <class Take>
@@ -344,19 +345,23 @@ struct EmbedDirect {
   void backward(const EmbedWeights<T>& w, const int32_t* ids, int64_t count, const T* drows, EmbedGradients<T>& g) {
     const int64_t E = w.width, cell = w.width_row, token = kCells * cell, row = w.dim_row;
     for (int q = 0; q < kCells; ++q) {
-      T dkeep = 0, dmix = 0;  // of this block, so that no long chain of additions rounds them
       product(count, cell, w.dim, drows, row, int64_t(1), proj_columns + q * w.dim * cell, cell, dy + q * cell, token, false);
       product(E, row, count, y + q * cell, int64_t(1), token, drows, row, w.at_cell(g.proj, q), row, true);
+      Vec<T> dkeep = {}, dmix = {};
       for (int64_t n = 0; n < count; ++n)
-        for (int64_t i = n * token + q * cell; i < n * token + (q + 1) * cell; ++i) {
-          dkeep += dy[i] * x[i];
-          dx[i] = w.keep[q] * dy[i];
+        for (int64_t e = 0; e < cell; e += W) {
+          const int64_t i = n * token + q * cell + e;
+          const Vec<T> grad = load(dy + i);
+          dkeep += grad * load(x + i);
+          store(dx + i, w.keep[q] * grad);
           if (!w.conv) continue;
-          dmix += dy[i] * z[i];
-          dy[i] *= w.mix[q];  // from here on the gradient of Conv(X)
-          g.conv_bias[i % cell] += dy[i];
+          dmix += grad * load(z + i);
+          store(dy + i, w.mix[q] * grad);  // from here on the gradient of Conv(X)
+          store(g.conv_bias + e, load(g.conv_bias + e) + w.mix[q] * grad);
         }
-      g.keep[q] += dkeep, g.mix[q] += dmix;
+      double keep = 0, mix = 0;
+      for (int lane = 0; lane < W; ++lane) keep += double(dkeep[lane]), mix += double(dmix[lane]);
+      g.keep[q] += T(keep), g.mix[q] += T(mix);
     }
     for (int q = 0; w.conv && q < kCells; ++q)
       for (int p = 0; p < kCells; ++p)

@@ -1,4 +1,4 @@
-"""Real builds under build isolation: sdist, wheel from it, and what happens without a compiler. Needs a package index."""
+"""Real builds under build isolation: sdist, wheel from it, no compiler at all. Needs a package index."""
 
 from __future__ import annotations
 
