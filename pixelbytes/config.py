@@ -54,7 +54,7 @@ class TrainConfig:
     )
     stride: int | None = _option(None, "tokens between windows; default: seq_length for all, 32 for last")
     batch_size: int = _option(4, "windows a step")
-    learning_rate: float = _option(3e-3, "highest learning rate (AdamW)")
+    learning_rate: float = _option(6e-3, "highest learning rate (AdamW)")
     weight_decay: float = _option(0.01, "of AdamW")
     grad_clip: float = _option(1.0, "highest norm of the gradients")
     schedule: str = _option("cosine", "of the learning rate")
