@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <vector>
 
 #include "cpu/kernels.h"
 
@@ -85,16 +86,20 @@ struct type_caster<pixelbytes::Tensor> {
 namespace pixelbytes {
 namespace {
 
-void run(const char* (*kernel)(const ScanArgs&), const ScanArgs& args) {
+void raise_memory_error(const char* error) {
+  if (!error) return;
+  PyErr_SetString(PyExc_MemoryError, error);
+  throw py::error_already_set();
+}
+
+template <class Args>
+void run(const char* (*kernel)(const Args&), const Args& args) {
   const char* error;
   {
     py::gil_scoped_release release;
     error = kernel(args);
   }
-  if (error) {
-    PyErr_SetString(PyExc_MemoryError, error);
-    throw py::error_already_set();
-  }
+  raise_memory_error(error);
 }
 
 // The members in the order of the Python tuples (see ops/selective_scan/cpu.py).
@@ -148,10 +153,7 @@ void run(EmbedOutcome (*kernel)(const EmbedArgs&), const EmbedArgs& args) {
     py::gil_scoped_release release;
     outcome = kernel(args);
   }
-  if (outcome.error) {
-    PyErr_SetString(PyExc_MemoryError, outcome.error);
-    throw py::error_already_set();
-  }
+  raise_memory_error(outcome.error);
   if (outcome.position < 0) return;
   const int64_t n = outcome.position / 9, p = outcome.position % 9, seqlen = args.tokens.size[1];
   throw py::index_error("pxby_embed: id " + std::to_string(outcome.id) + " at tokens[" + std::to_string(n / seqlen) + ", " +
@@ -176,6 +178,68 @@ void bind_pxby_embed(py::module_& m) {
   });
 }
 
+// tensors: x, weight, bias, seq_idx, initial_states.
+ConvArgs conv_args(const py::tuple& tensors, bool silu, bool reverse, bool use_double, int threads) {
+  ConvArgs a;
+  Tensor* members[] = {&a.x, &a.weight, &a.bias, &a.seq_idx, &a.initial_states};
+  for (size_t i = 0; i < 5; ++i) *members[i] = tensors[i].cast<Tensor>();
+  a.silu = silu, a.reverse = reverse, a.use_double = use_double, a.threads = threads;
+  return a;
+}
+
+void bind_causal_conv1d(py::module_& m) {
+  m.def("conv_forward", [](const py::tuple& tensors, bool silu, bool reverse, bool use_double, int threads, Tensor out, Tensor final_states) {
+    ConvArgs a = conv_args(tensors, silu, reverse, use_double, threads);
+    a.out = out, a.final_states = final_states;
+    run(best_kernels().conv_forward, a);
+  });
+  m.def("conv_backward", [](const py::tuple& tensors, bool silu, bool reverse, bool use_double, int threads, Tensor dout,
+                            Tensor dfinal_states, Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_states) {
+    ConvArgs a = conv_args(tensors, silu, reverse, use_double, threads);
+    a.dout = dout, a.dfinal_states = dfinal_states;
+    a.dx = dx, a.dweight = dweight, a.dbias = dbias, a.dinitial_states = dinitial_states;
+    run(best_kernels().conv_backward, a);
+  });
+}
+
+void bind_selective_state_update(py::module_& m) {
+  m.def("state_update", [](Tensor state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor D, Tensor z, Tensor dt_bias, Tensor out,
+                           bool dt_softplus, bool use_double, int threads) {
+    run(best_kernels().state_update, StateArgs{state, x, dt, A, B, C, D, z, dt_bias, out, dt_softplus, use_double, threads});
+  });
+}
+
+// The packed weights of mamba_step. Python keeps the state tensors alive for as long as this lives.
+class StepPlan {
+ public:
+  StepPlan(const py::list& layers, double eps) {
+    std::vector<StepLayer> all(layers.size());
+    for (size_t i = 0; i < all.size(); ++i) {
+      const py::tuple t = layers[i].cast<py::tuple>();
+      StepLayer& l = all[i];
+      Tensor* members[] = {&l.norm, &l.in_proj, &l.in_proj_bias, &l.conv_weight, &l.conv_bias, &l.x_proj, &l.dt_proj, &l.dt_bias,
+                           &l.A, &l.D, &l.out_proj, &l.out_proj_bias, &l.conv_state, &l.state};
+      for (size_t k = 0; k < 14; ++k) *members[k] = t[k].cast<Tensor>();
+    }
+    batch_ = all[0].state.size[0], dim_ = all[0].in_proj.size[1];
+    plan_ = best_kernels().step_create(all.data(), int64_t(all.size()), eps);
+    if (!plan_) raise_memory_error("mamba_step: out of memory for the packed weights");
+  }
+  ~StepPlan() {
+    if (plan_) best_kernels().step_destroy(plan_);
+  }
+  StepPlan(const StepPlan&) = delete;
+
+  void run(uintptr_t x, int64_t batch, int64_t dim, int threads) {
+    if (batch != batch_ || dim != dim_) throw py::value_error("mamba_step: x must be (batch, dim) as the states");
+    raise_memory_error(best_kernels().step_run(plan_, reinterpret_cast<float*>(x), batch, threads));
+  }
+
+ private:
+  void* plan_ = nullptr;
+  int64_t batch_ = 0, dim_ = 0;
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -187,7 +251,12 @@ PYBIND11_MODULE(_cpu, m) {
   m.attr("chunk") = best_kernels().chunk;
   m.def("scan_forward", &scan_forward);
   m.def("scan_backward", &scan_backward);
+  bind_causal_conv1d(m);
+  bind_selective_state_update(m);
+  py::class_<StepPlan>(m, "StepPlan").def(py::init<const py::list&, double>()).def("run", &StepPlan::run);
   bind_pxby_embed(m);
+  m.def("fma_rate", [](double seconds) { return best_kernels().fma_rate(seconds) * best_kernels().lanes; },
+        "fp32 multiply-adds a second of one thread, measured for `seconds`.");
 }
 
 }  // namespace pixelbytes

@@ -61,14 +61,35 @@ struct EmbedOutcome {
   int64_t position = -1, id = 0;  // first cell of `tokens`, counted in row-major order, whose id is outside [0, V)
 };
 
+// state (batch, dim, dstate), updated in place, states of a channel next to each other; x, dt, z, out (batch, dim); A (dim, dstate); B, C
+// (batch, groups, dstate); D, dt_bias (dim).
+struct StateArgs {
+  Tensor state, x, dt, A, B, C, D, z, dt_bias, out;
+  bool dt_softplus = false, use_double = false;
+  int threads = 1;
+};
+
+// A layer of mamba_step: norm (dim) or null; in_proj (2 inner, dim); conv_weight (inner, width); x_proj (rank + 2 dstate, inner);
+// dt_proj (inner, rank); A (inner, dstate); D (inner); out_proj (dim, inner); biases or null. States fp32, contiguous.
+struct StepLayer {
+  Tensor norm, in_proj, in_proj_bias, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, out_proj, out_proj_bias, conv_state, state;
+};
+
 struct Kernels {
   const char* name;
   int lanes;  // fp32 values in a vector
   int chunk;  // steps of a scan between stored states
   const char* (*scan_forward)(const ScanArgs&);
   const char* (*scan_backward)(const ScanArgs&);
+  const char* (*conv_forward)(const ConvArgs&);
+  const char* (*conv_backward)(const ConvArgs&);
+  const char* (*state_update)(const StateArgs&);
+  void* (*step_create)(const StepLayer* layers, int64_t count, double eps);  // null: out of memory
+  const char* (*step_run)(void* plan, float* x, int64_t batch, int threads);
+  void (*step_destroy)(void* plan);
   EmbedOutcome (*pxby_embed_forward)(const EmbedArgs&);
   EmbedOutcome (*pxby_embed_backward)(const EmbedArgs&);
+  double (*fma_rate)(double seconds);  // vector multiply-adds a second, one thread
 };
 
 const Kernels& best_kernels();                  // for this processor, or what PIXELBYTES_CPU_ISA names

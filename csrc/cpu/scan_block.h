@@ -265,6 +265,12 @@ inline void with_bool(bool b, F&& f) {
   if (b) f(ConstantInt<1>{});
   else f(ConstantInt<0>{});
 }
+// The short form of exp2 exists for float only.
+template <class T, class F>
+inline void with_safe(bool safe, F&& f) {
+  if constexpr (sizeof(T) == 4) with_bool(safe, f);
+  else f(ConstantInt<0>{});
+}
 
 // f(varies_B, varies_C) as constants.
 template <class T, class F>

@@ -3,6 +3,7 @@
 // Tasks as in the forward. Chunks are walked against the scan: the states of a chunk are recomputed from its stored entry state, then
 // swept from its last step to its first. dB and dC collect lane by lane over the tiles of a block and are summed once a chunk; what
 // is summed over blocks or batch rows goes to partial sums, added up in task order. No atomics, and nothing that depends on threads.
+#include "cpu/partial_sum.h"
 #include "cpu/scan_block.h"
 
 namespace pixelbytes {
@@ -150,7 +151,7 @@ void backward_pass(ScanTask<T>& k, Gradients<T>& g, int d, int64_t chunk, int64_
     memcpy(h, k.kept(k.a.direction[d].states, chunk, tile) + n * W, sizeof h);
     int begin[kChunk];  // run r's decays start at step begin[r] in scan order, its states r slots later
     const Range<T> range(k.rows_delta(d).at(tile, t0), steps);
-    with_bool(range.is_safe(A2, kCount), [&](auto safe) {
+    with_safe<T>(range.is_safe(A2, kCount), [&](auto safe) {
       with_bool(k.a.dz || k.a.out, [&](auto with_y) {
         int done = 0;
         for (int r = 0; r < count; ++r) {
@@ -271,36 +272,6 @@ void store_partial(const ScanTask<T>& k, const T* from, int64_t count, T* to) {
       for (int64_t n = 0; n < count; ++n)
         to[(k.batch * k.p.dim + k.channel + tile * kLanes<T> + c) * count + n] = from[(tile * count + n) * kLanes<T> + c];
 }
-
-// One gradient's partial sums: (parts, size), zeroed, summed over `parts` in order into the contiguous output.
-template <class T>
-class PartialSum {
- public:
-  PartialSum() = default;
-  ~PartialSum() { free(data_); }
-  PartialSum(const PartialSum&) = delete;
-
-  bool open(const Tensor& out, int64_t parts, int64_t size) {
-    if (!out) return true;
-    out_ = reinterpret_cast<T*>(out.data), parts_ = parts, size_ = size;
-    data_ = static_cast<T*>(calloc(size_t(parts * size) + 1, sizeof(T)));
-    return data_ != nullptr;
-  }
-  T* data() const { return data_; }
-  void close(int threads) const {
-    if (!out_) return;
-#pragma omp parallel for schedule(static) num_threads(threads)
-    for (int64_t i = 0; i < size_; ++i) {
-      T sum = data_[i];
-      for (int64_t k = 1; k < parts_; ++k) sum += data_[k * size_ + i];
-      out_[i] = sum;
-    }
-  }
-
- private:
-  T *data_ = nullptr, *out_ = nullptr;
-  int64_t parts_ = 0, size_ = 0;
-};
 
 template <class T>
 const char* backward(const ScanArgs& a) {

@@ -52,7 +52,7 @@ void forward_direction(ScanTask<T>& k, int d, T* gate) {
         constexpr int N = decltype(states)::value;
         const T* A2 = k.state(k.A2[d], tile, n);
         T* h = k.state(k.h, tile, n);
-        with_bool(range.is_safe(A2, N), [&](auto safe) {
+        with_safe<T>(range.is_safe(A2, N), [&](auto safe) {
           for (int r = 0; r < count; ++r) {
             if (runs[r].fresh) memset(h, 0, sizeof(T) * W * N);
             scan_steps<T, N, kVariesB, kVariesC, decltype(safe)::value>(k.steps(d, tile, t0, n, runs[r]), A2, h,

@@ -1,0 +1,230 @@
+// mamba_step: one decoding step of a whole stack of residual Mamba blocks in one call, fp32.
+//
+//   x += out_proj(scan_step(silu(conv_step(in_proj(norm(x)))))) for every layer
+//
+// The weights were packed when the plan was made: panels of kLanes outputs, so that a product is one broadcast and one multiply-add an
+// input and panel, without sums across lanes. States are the caller's tensors, updated in place. A row of the batch is one task.
+#include "cpu/kernels.h"
+#include "cpu/tile.h"
+
+namespace pixelbytes {
+namespace PIXELBYTES_ISA {
+namespace {
+
+constexpr int W = kLanes<float>;
+
+// A weight matrix (out, in) as (panel, in, lane) with an optional bias (panel, lane).
+struct Packed {
+  float *weight = nullptr, *bias = nullptr;
+  int64_t in = 0, panels = 0;
+};
+
+struct Layer {
+  float* norm = nullptr;
+  Packed in_x, in_z, x_proj, dt_proj, out_proj;  // in_proj is split, so that each part starts at a panel
+  float *taps = nullptr, *conv_bias = nullptr;   // (width, inner), (inner)
+  float *A = nullptr, *D = nullptr;              // A log2(e) (tile, dstate, lane), (inner)
+  Tensor conv_state, state;                      // (batch, inner, width - 1), (batch, inner, dstate), contiguous
+};
+
+struct Plan {
+  int64_t dim, inner, rank, dstate, width, layers;
+  float eps;
+  Layer* layer;
+  char* memory;
+};
+
+inline int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
+
+float* take(char*& next, int64_t count) {
+  float* p = reinterpret_cast<float*>(next);
+  next += Scratch::round(count * 4);
+  return p;
+}
+
+int64_t packed_bytes(int64_t out, int64_t in) { return Scratch::round(padded(out) * in * 4) + Scratch::round(padded(out) * 4); }
+
+Packed pack(char*& next, const Tensor& weight, const Tensor& bias, int64_t first, int64_t out) {
+  Packed p;
+  p.in = weight.size[1];
+  p.panels = padded(out) / W;
+  p.weight = take(next, padded(out) * p.in);
+  p.bias = take(next, padded(out));
+  for (int64_t o = 0; o < padded(out); ++o) {
+    p.bias[o] = bias && o < out ? load_element<float>(bias.at(first + o), bias.dtype) : 0.0f;
+    for (int64_t i = 0; i < p.in; ++i)
+      p.weight[(o / W * p.in + i) * W + o % W] = o < out ? load_element<float>(weight.at(first + o, i), weight.dtype) : 0.0f;
+  }
+  return p;
+}
+
+float* pack_vector(char*& next, const Tensor& t, int64_t n) {
+  float* p = take(next, padded(n));
+  for (int64_t i = 0; i < padded(n); ++i) p[i] = t && i < n ? load_element<float>(t.at(i), t.dtype) : 0.0f;
+  return p;
+}
+
+// kPanels panels at once, the inputs dealt to kWays accumulators each: eight chains hide the latency of the multiply-add.
+template <int kPanels>
+inline void multiply_panels(const Packed& m, int64_t panel, const float* x, float* y) {
+  constexpr int kWays = 8 / kPanels;
+  vf sum[kPanels][kWays] = {};
+  const float* w = m.weight + panel * m.in * W;
+  int64_t i = 0;
+  for (; i + kWays <= m.in; i += kWays)
+#pragma GCC unroll 8
+    for (int way = 0; way < kWays; ++way)
+#pragma GCC unroll 8
+      for (int k = 0; k < kPanels; ++k) sum[k][way] += splat(x[i + way]) * load(w + (k * m.in + i + way) * W);
+  for (; i < m.in; ++i)
+    for (int k = 0; k < kPanels; ++k) sum[k][0] += splat(x[i]) * load(w + (k * m.in + i) * W);
+  for (int k = 0; k < kPanels; ++k) {
+    for (int way = 1; way < kWays; ++way) sum[k][0] += sum[k][way];
+    store(y + (panel + k) * W, sum[k][0] + load(m.bias + (panel + k) * W));
+  }
+}
+
+void multiply(const Packed& m, const float* x, float* y) {
+  int64_t panel = 0;
+  for (; panel + 8 <= m.panels; panel += 8) multiply_panels<8>(m, panel, x, y);
+  for (; panel + 4 <= m.panels; panel += 4) multiply_panels<4>(m, panel, x, y);
+  for (; panel < m.panels; ++panel) multiply_panels<1>(m, panel, x, y);
+}
+
+// Convolution step of one row; the window moves on by one.
+void convolve(const Plan& p, const Layer& l, int64_t row, float* u) {
+  const int64_t past = p.width - 1;
+  float* window = reinterpret_cast<float*>(l.conv_state.data) + row * p.inner * past;
+  for (int64_t c = 0; c < p.inner; c += W) {
+    alignas(64) float older[3 * W] = {};
+    const int64_t count = p.inner - c < W ? p.inner - c : W;
+    for (int64_t i = 0; i < count; ++i)
+      for (int64_t k = 0; k < past; ++k) {
+        float* at = window + (c + i) * past;
+        older[k * W + i] = at[k];
+        at[k] = k + 1 < past ? at[k + 1] : u[c + i];
+      }
+    vf sum = load(l.conv_bias + c) + load(l.taps + past * padded(p.inner) + c) * load(u + c);
+    for (int64_t k = 0; k < past; ++k) sum += load(l.taps + k * padded(p.inner) + c) * load(older + k * W);
+    store(u + c, silu(sum));
+  }
+}
+
+// Scan step of one row, gated: lanes are channels, the states of a tile are transposed on their way in and out.
+void scan_step(const Plan& p, const Layer& l, int64_t row, const float* u, const float* z, const float* delta, const float* B, float* y) {
+  const float* C = B + p.dstate;
+  float* states = reinterpret_cast<float*>(l.state.data) + row * p.inner * p.dstate;
+  for (int64_t c = 0; c < p.inner; c += W) {
+    const int64_t count = p.inner - c < W ? p.inner - c : W;
+    const vf d = softplus(load(delta + c)), x = load(u + c), dx = d * x;
+    vf sum = load(l.D + c) * x;
+    for (int64_t n = 0; n < p.dstate; n += W) {
+      const int part = int(p.dstate - n < W ? p.dstate - n : W);
+      vf h[W];
+      for (int i = 0; i < W; ++i) h[i] = i < count ? load_part<float>(states + (c + i) * p.dstate + n, part) : vf{};
+      transpose<float>(h);
+      for (int k = 0; k < part; ++k) {
+        h[k] = exp2_product<false>(d, load(l.A + (c / W * p.dstate + n + k) * W)) * h[k] + splat(B[n + k]) * dx;
+        sum += splat(C[n + k]) * h[k];
+      }
+      transpose<float>(h);
+      for (int i = 0; i < count; ++i) store_part<float>(states + (c + i) * p.dstate + n, part, h[i]);
+    }
+    store(y + c, sum * silu(load(z + c)));
+  }
+}
+
+void run_row(const Plan& p, int64_t row, float* x, Scratch& scratch) {
+  const int64_t inner = padded(p.inner), dim = padded(p.dim);
+  float *e = scratch.take<float>(dim), *u = scratch.take<float>(inner), *z = scratch.take<float>(inner), *y = scratch.take<float>(inner);
+  float *delta = scratch.take<float>(inner), *projected = scratch.take<float>(padded(p.rank + 2 * p.dstate)), *out = scratch.take<float>(dim);
+  for (int64_t i = 0; i < p.layers; ++i) {
+    const Layer& l = p.layer[i];
+    const float* input = x;
+    if (l.norm) {
+      float sum = 0;
+      for (int64_t k = 0; k < p.dim; ++k) sum += x[k] * x[k];
+      const float factor = 1.0f / __builtin_sqrtf(sum / float(p.dim) + p.eps);
+      for (int64_t k = 0; k < p.dim; ++k) e[k] = x[k] * factor * l.norm[k];
+      input = e;
+    }
+    multiply(l.in_x, input, u);
+    multiply(l.in_z, input, z);
+    convolve(p, l, row, u);
+    multiply(l.x_proj, u, projected);
+    multiply(l.dt_proj, projected, delta);
+    scan_step(p, l, row, u, z, delta, projected + p.rank, y);
+    multiply(l.out_proj, y, out);
+    for (int64_t k = 0; k < p.dim; ++k) x[k] += out[k];
+  }
+}
+
+}  // namespace
+
+void* step_create(const StepLayer* layers, int64_t count, double eps) {
+  const StepLayer& f = layers[0];
+  Plan* p = new Plan{f.in_proj.size[1], f.conv_weight.size[0], f.dt_proj.size[1], f.A.size[1], f.conv_weight.size[1],
+                                        count, float(eps), nullptr, nullptr};
+
+  const int64_t inner = padded(p->inner);
+  const int64_t bytes = Scratch::round(count * int64_t(sizeof(Layer))) +
+                        count * (Scratch::round(padded(p->dim) * 4) + 2 * packed_bytes(p->inner, p->dim) +
+                                 packed_bytes(p->rank + 2 * p->dstate, p->inner) + packed_bytes(p->inner, p->rank) +
+                                 packed_bytes(p->dim, p->inner) + Scratch::round(inner * p->width * 4) + 2 * Scratch::round(inner * 4) +
+                                 Scratch::round(inner * p->dstate * 4));
+  p->memory = static_cast<char*>(aligned_alloc(64, size_t(bytes)));
+  if (!p->memory) {
+    delete p;
+    return nullptr;
+  }
+  memset(p->memory, 0, size_t(bytes));
+  char* next = p->memory;
+  p->layer = reinterpret_cast<Layer*>(next);
+  next += Scratch::round(count * int64_t(sizeof(Layer)));
+  for (int64_t i = 0; i < count; ++i) {
+    const StepLayer& s = layers[i];
+    Layer& l = p->layer[i];
+    l = Layer{};
+    if (s.norm) l.norm = pack_vector(next, s.norm, p->dim);
+    l.in_x = pack(next, s.in_proj, s.in_proj_bias, 0, p->inner);
+    l.in_z = pack(next, s.in_proj, s.in_proj_bias, p->inner, p->inner);
+    l.x_proj = pack(next, s.x_proj, {}, 0, p->rank + 2 * p->dstate);
+    l.dt_proj = pack(next, s.dt_proj, s.dt_bias, 0, p->inner);
+    l.out_proj = pack(next, s.out_proj, s.out_proj_bias, 0, p->dim);
+    l.taps = take(next, inner * p->width);
+    for (int64_t c = 0; c < p->inner; ++c)
+      for (int64_t k = 0; k < p->width; ++k) l.taps[k * inner + c] = load_element<float>(s.conv_weight.at(c, k), s.conv_weight.dtype);
+    l.conv_bias = pack_vector(next, s.conv_bias, p->inner);
+    l.D = pack_vector(next, s.D, p->inner);
+    l.A = take(next, inner * p->dstate);
+    for (int64_t c = 0; c < p->inner; ++c)
+      for (int64_t n = 0; n < p->dstate; ++n)
+        l.A[(c / W * p->dstate + n) * W + c % W] = load_element<float>(s.A.at(c, n), s.A.dtype) * kLog2e;
+    l.conv_state = s.conv_state;
+    l.state = s.state;
+  }
+  return p;
+}
+
+const char* step_run(void* plan, float* x, int64_t batch, int threads) {
+  const Plan& p = *static_cast<Plan*>(plan);
+  const int64_t inner = padded(p.inner), dim = padded(p.dim);
+  const int64_t bytes = (2 * dim + 4 * inner + padded(p.rank + 2 * p.dstate)) * 4 + 16 * 128;
+  bool failed = false;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (batch > 1)
+  for (int64_t row = 0; row < batch; ++row) {
+    Scratch scratch(bytes);
+    if (scratch) run_row(p, row, x + row * p.dim, scratch);
+    else failed = true;
+  }
+  return failed ? "mamba_step: out of memory for scratch" : nullptr;
+}
+
+void step_destroy(void* plan) {
+  Plan* p = static_cast<Plan*>(plan);
+  free(p->memory);
+  delete p;
+}
+
+}  // namespace PIXELBYTES_ISA
+}  // namespace pixelbytes

@@ -1,0 +1,42 @@
+// Gradients that are summed over tasks: every task writes its own part, the parts are added in order at the end.
+#pragma once
+#include <cstdlib>
+
+#include "tensor.h"
+
+namespace pixelbytes {
+namespace {
+
+template <class T>
+class PartialSum {
+ public:
+  PartialSum() = default;
+  ~PartialSum() { free(data_); }
+  PartialSum(const PartialSum&) = delete;
+
+  // (parts, size) zeros for the contiguous `out`, or nothing where `out` is null. False: out of memory.
+  bool open(const Tensor& out, int64_t parts, int64_t size) {
+    if (!out) return true;
+    out_ = reinterpret_cast<T*>(out.data), parts_ = parts, size_ = size;
+    data_ = static_cast<T*>(calloc(size_t(parts * size) + 1, sizeof(T)));
+    return data_ != nullptr;
+  }
+  T* data() const { return data_; }
+  T* part(int64_t i) const { return data_ ? data_ + i * size_ : nullptr; }
+  void close(int threads) const {
+    if (!out_) return;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (int64_t i = 0; i < size_; ++i) {
+      T sum = data_[i];
+      for (int64_t k = 1; k < parts_; ++k) sum += data_[k * size_ + i];
+      out_[i] = sum;
+    }
+  }
+
+ private:
+  T *data_ = nullptr, *out_ = nullptr;
+  int64_t parts_ = 0, size_ = 0;
+};
+
+}  // namespace
+}  // namespace pixelbytes
