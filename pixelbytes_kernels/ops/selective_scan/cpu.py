@@ -56,9 +56,10 @@ def backward(
     dlast_state: Tensor | None,
     needs: Sequence[bool],
     needs_z: bool,
+    dz: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[list[Tensor | None], Tensor | None, Tensor | None]:
-    """Gradients of the tensors of every direction in order, of z, and `out` recomputed into the tensor given for it.
+    """Gradients of the tensors of every direction in order, of z (into `dz` if given), and `out` recomputed into the tensor for it.
 
     `needs` has one entry a tensor: 8 of the first direction, 7 of the second.
     """
@@ -90,7 +91,8 @@ def backward(
             if result is not None and result.ndim == 4:
                 result = result.transpose(-1, -2)
             grads.append(result if result is None or t is None else result)
-    dz = torch.empty_like(z) if needs_z and z is not None else None
+    if dz is None and needs_z and z is not None:
+        dz = torch.empty_like(z)
     if u.numel() == 0:
         for grad in grads:
             if grad is not None:

@@ -97,6 +97,7 @@ def backward(
     dlast_state: Tensor | None,
     needs: Sequence[bool],
     needs_z: bool,
+    dz: Tensor | None = None,
     out: Tensor | None = None,
 ) -> tuple[list[Tensor | None], Tensor | None, Tensor | None]:
     whole = complete(directions)
@@ -135,11 +136,11 @@ def backward(
             dstate = torch.zeros_like(state) if last_grad is None else last_grad
         if i == 0 and grads[7] is not None:
             grads[7] = dstate
-    dz = None
     if needs_z and z is not None and y is not None:
         gate_input = z.to(dtype)
         sigmoid = torch.sigmoid(gate_input)
-        dz = (dout.to(dtype) * options.scale * y * sigmoid * (1 + gate_input * (1 - sigmoid))).to(z.dtype)
+        grad = (dout.to(dtype) * options.scale * y * sigmoid * (1 + gate_input * (1 - sigmoid))).to(z.dtype)
+        dz = grad if dz is None else dz.copy_(grad)
     if out is not None and y is not None:
         out.copy_(gate(y, z, options))
     flat = [t for i, d in enumerate(directions) for t in d[: 8 if i == 0 else 7]]

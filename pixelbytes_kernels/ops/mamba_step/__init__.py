@@ -1,0 +1,3 @@
+from .interface import MambaLayer, MambaStep
+
+__all__ = ["MambaLayer", "MambaStep"]

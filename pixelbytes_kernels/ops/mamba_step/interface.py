@@ -1,0 +1,118 @@
+"""One decoding step of a whole stack of residual Mamba blocks in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..._backend import load_extension, resolve
+from ..._check import require_shape
+from ..causal_conv1d_update.interface import causal_conv1d_update
+from ..selective_state_update.interface import selective_state_update
+
+IMPLEMENTED = ("torch", "cpu")
+
+
+class MambaLayer(NamedTuple):
+    """A block `x + mixer(norm(x))` and its memory: norm (dim) or None; in_proj (2 * inner, dim); conv_weight (inner, width); x_proj
+    (rank + 2 * dstate, inner); dt_proj (inner, rank); A (inner, dstate); D (inner); out_proj (dim, inner); biases or None.
+    conv_state (batch, inner, width - 1) and state (batch, inner, dstate), contiguous, are updated in place by every step.
+    """
+
+    norm: Tensor | None
+    in_proj: Tensor
+    in_proj_bias: Tensor | None
+    conv_weight: Tensor
+    conv_bias: Tensor | None
+    x_proj: Tensor
+    dt_proj: Tensor
+    dt_bias: Tensor | None
+    A: Tensor
+    D: Tensor | None
+    out_proj: Tensor
+    out_proj_bias: Tensor | None
+    conv_state: Tensor
+    state: Tensor
+
+
+class MambaStep:
+    """`step(x)` runs one token through every layer: x (batch, dim), float32, is replaced by the result, which is returned.
+
+    The weights are packed when this is made: later changes to them are not seen. The states are the tensors of the layers.
+
+    Args:
+        layers: all of one size, float32, on one device.
+        eps: of the RMS norms.
+        backend: "cpu" is one C++ call; "torch" goes layer by layer through the public ops; see `available_backends`.
+
+    Raises:
+        ValueError: no layers, or a wrong shape. TypeError: not float32. RuntimeError: `backend` cannot run here.
+    """
+
+    def __init__(self, layers: Sequence[MambaLayer], eps: float = 1e-5, backend: str = "auto") -> None:
+        op = "mamba_step"
+        if not layers:
+            raise ValueError(f"{op}: needs at least one layer")
+        self.layers, self.eps = [MambaLayer(*(None if t is None else t.detach() for t in layer)) for layer in layers], eps
+        first = layers[0]
+        inner, dim = first.conv_weight.shape[0], first.in_proj.shape[1]
+        batch, dstate, width, rank = first.state.shape[0], first.A.shape[1], first.conv_weight.shape[1], first.dt_proj.shape[1]
+        sizes: dict[str, dict[str, int]] = {
+            "norm": {"dim": dim}, "in_proj": {"two_inner": 2 * inner, "dim": dim}, "in_proj_bias": {"two_inner": 2 * inner},
+            "conv_weight": {"inner": inner, "width": width}, "conv_bias": {"inner": inner},
+            "x_proj": {"rows": rank + 2 * dstate, "inner": inner}, "dt_proj": {"inner": inner, "rank": rank},
+            "dt_bias": {"inner": inner}, "A": {"inner": inner, "dstate": dstate}, "D": {"inner": inner},
+            "out_proj": {"dim": dim, "inner": inner}, "out_proj_bias": {"dim": dim},
+            "conv_state": {"batch": batch, "inner": inner, "past": width - 1},
+            "state": {"batch": batch, "inner": inner, "dstate": dstate},
+        }  # fmt: skip
+        if not 2 <= width <= 4:
+            raise ValueError(f"{op}: conv_weight must have a width of 2, 3 or 4, got {width}")
+        for i, layer in enumerate(self.layers):
+            for name, tensor in layer._asdict().items():
+                require_shape(op, f"layer {i} {name}", tensor, **sizes[name])
+                if tensor is not None and tensor.dtype != torch.float32:
+                    raise TypeError(f"{op}: layer {i} {name} must be float32, got {tensor.dtype}")
+            if not (layer.conv_state.is_contiguous() and layer.state.is_contiguous()):
+                raise ValueError(f"{op}: layer {i} conv_state and state must be contiguous")
+        self.batch, self.dim = batch, dim
+        self.backend = resolve(op, backend, first.state, IMPLEMENTED)
+        if self.backend == "reference":
+            self.backend = "torch"
+        self._plan = None
+        if self.backend == "cpu":
+            cpu, reason = load_extension("_cpu")
+            if cpu is None:
+                raise RuntimeError(reason)
+            self._plan = cpu.StepPlan([tuple(layer) for layer in self.layers], eps)
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.float32 or not x.is_contiguous() or x.shape != (self.batch, self.dim):
+            raise ValueError(
+                f"mamba_step: x must be a contiguous float32 tensor of shape ({self.batch}, {self.dim}), got {x.dtype} {tuple(x.shape)}"
+            )
+        if self._plan is not None:
+            if not x.is_cpu:
+                raise ValueError(f"mamba_step: x must be on the CPU, got {x.device}")
+            self._plan.run(x.data_ptr(), self.batch, self.dim, torch.get_num_threads())
+            return x
+        for layer in self.layers:
+            x += layer_step(x, layer, self.eps)
+        return x
+
+
+def layer_step(x: Tensor, layer: MambaLayer, eps: float) -> Tensor:
+    """What one block adds to x, through the public ops."""
+    e = x if layer.norm is None else x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * layer.norm
+    u, z = F.linear(e, layer.in_proj, layer.in_proj_bias).chunk(2, dim=-1)
+    u = causal_conv1d_update(u, layer.conv_state, layer.conv_weight, layer.conv_bias, "silu")
+    rank, dstate = layer.dt_proj.shape[1], layer.A.shape[1]
+    dt, B, C = F.linear(u, layer.x_proj).split([rank, dstate, dstate], dim=-1)
+    dt = F.linear(dt, layer.dt_proj)
+    y = selective_state_update(layer.state, u, dt, layer.A, B, C, layer.D, z, layer.dt_bias, dt_softplus=True)
+    return F.linear(y, layer.out_proj, layer.out_proj_bias)
