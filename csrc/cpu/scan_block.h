@@ -7,7 +7,7 @@ namespace pixelbytes {
 namespace {
 
 constexpr int64_t kMaxBlockTiles = 8;  // sharing B, C and the lane sums of dB, dC between more tiles gains little
-constexpr int64_t kWantedTasks = 8;    // so that a batch of one keeps several threads busy
+constexpr int64_t kWantedTasks = 4;    // so that a batch of one keeps several threads busy
 
 // How a scan is cut into tasks: a pure function of the sizes, so that the order of every sum is too.
 struct Plan {
@@ -84,7 +84,9 @@ struct ScanTask {
   bool separate_u, separate_delta;  // the second direction has its own
   Rows<T> u[2], delta[2], y;
   T *A[2], *A2[2], *D[2], *h;       // (tile, state, lane); D (tile, lane); A2 = A log2(e)
-  T *B, *C;                         // of the present chunk (time, state), or constant (tile, state, lane)
+  T *B_scratch, *C_scratch;
+  const T *B, *C;                   // of the present chunk (time, state), or constant (tile, state, lane)
+  int64_t pitch_B = 0, pitch_C = 0;
 
   static int64_t bytes(const ScanArgs& a, const Plan& p) {
     const int64_t row = Rows<T>::size(p.block_tiles, a.directions == 2 && p.seqlen > kChunk ? p.seqlen : kChunk);
@@ -113,8 +115,8 @@ struct ScanTask {
     }
     y.open(scratch, tiles, a.directions == 2, p.seqlen);
     h = scratch.take<T>(states);
-    B = scratch.take<T>(kChunk * p.dstate + states);
-    C = scratch.take<T>(kChunk * p.dstate + states);
+    B_scratch = scratch.take<T>(kChunk * p.dstate + states);
+    C_scratch = scratch.take<T>(kChunk * p.dstate + states);
     load_parameters();
   }
 
@@ -168,6 +170,13 @@ struct ScanTask {
     }
   }
 
+  // The chunk that comes after this one in walking order; empty behind the last.
+  void prefetch(int d, int64_t t0, int64_t t1) const {
+    if (t0 >= t1) return;
+    if (d == 0 || separate_u) prefetch_block<false>(plane(source(&ScanDirection::u, d), batch), channel, channels, t0, t1 - t0);
+    if (d == 0 || separate_delta) prefetch_block<false>(plane(source(&ScanDirection::delta, d), batch), channel, channels, t0, t1 - t0);
+  }
+
   // y's skip part: the first direction sets it, the second adds its own.
   void begin_y(int d, int64_t t0, int64_t t1) {
     for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -178,15 +187,29 @@ struct ScanTask {
     }
   }
 
-  // B or C of a chunk as (time, state); constant ones once as (tile, state, lane).
-  void load_coefficient(const Tensor& t, T* to, int64_t t0, int64_t t1) const {
+  // Points B and C at a chunk as (time, state), read in place where it lies so in memory.
+  void load_coefficients(int d, int64_t t0, int64_t t1) {
+    if (varies(&ScanDirection::B, d)) B = load_coefficient(source(&ScanDirection::B, d), B_scratch, &pitch_B, t0, t1);
+    if (varies(&ScanDirection::C, d)) C = load_coefficient(source(&ScanDirection::C, d), C_scratch, &pitch_C, t0, t1);
+  }
+  const T* load_coefficient(const Tensor& t, T* to, int64_t* pitch, int64_t t0, int64_t t1) const {
     const Plane from{t.data + (batch * t.stride[0] + group * t.stride[1]) * item_size(t.dtype), t.dtype, t.stride[2], t.stride[3]};
+    if (t.dtype == (sizeof(T) == 8 ? DType::f64 : DType::f32) && t.stride[2] == 1) {
+      *pitch = t.stride[3];
+      return reinterpret_cast<const T*>(from.at(0, t0));
+    }
+    *pitch = p.dstate;
     for (int64_t n = 0; n < p.dstate; n += W) {
       const int64_t count = p.dstate - n < W ? p.dstate - n : W;
       alignas(64) T tile[kChunk * W];
       load_block<T>(from, n, count, t0, t1 - t0, {tile, 0, 1});
       for (int64_t i = 0; i < t1 - t0; ++i) memcpy(to + i * p.dstate + n, tile + i * W, size_t(count) * sizeof(T));
     }
+    return to;
+  }
+  void load_constants(int d) {
+    if (!varies(&ScanDirection::B, d)) load_constant(source(&ScanDirection::B, d), B_scratch), B = B_scratch;
+    if (!varies(&ScanDirection::C, d)) load_constant(source(&ScanDirection::C, d), C_scratch), C = C_scratch;
   }
   void load_constant(const Tensor& t, T* to) const {
     for (int64_t tile = 0; tile < tiles; ++tile)
@@ -215,10 +238,10 @@ struct ScanTask {
 
   // Where the inner loops start for states n, n + 1, ... of a tile and a run of the chunk at t0.
   Steps<T> steps(int d, int64_t tile, int64_t t0, int64_t n, const Run& run) {
-    const T* at_B = B + (varies(&ScanDirection::B, d) ? run.offset * p.dstate + n : (tile * p.dstate + n) * W);
-    const T* at_C = C + (varies(&ScanDirection::C, d) ? run.offset * p.dstate + n : (tile * p.dstate + n) * W);
+    const T* at_B = B + (varies(&ScanDirection::B, d) ? run.offset * pitch_B + n : (tile * p.dstate + n) * W);
+    const T* at_C = C + (varies(&ScanDirection::C, d) ? run.offset * pitch_C + n : (tile * p.dstate + n) * W);
     return {run.count, a.direction[d].reverse ? -1 : 1, rows_u(d).at(tile, t0 + run.offset), rows_delta(d).at(tile, t0 + run.offset),
-            at_B, at_C, p.dstate};
+            at_B, at_C, pitch_B, pitch_C};
   }
 };
 

@@ -25,14 +25,14 @@ struct Steps {  // a run of `count` steps; pointers stand at its first one
   int64_t direction;                  // +1 or -1
   const T *u, *delta;                 // (time, lane)
   const T *B, *C;                     // see coefficient()
-  int64_t dstate;
+  int64_t pitch_B, pitch_C;           // from one time step to the next, where they vary
 };
 
 // y += C h along the run; h is updated. A2 = A log2(e).
 template <class T, int kCount, bool kVariesB, bool kVariesC, bool kSafe>
 inline void scan_steps(const Steps<T>& s, const T* A2, T* h_io, T* y) {
   constexpr int W = kLanes<T>;
-  const int64_t step = s.direction * W, step_B = kVariesB ? s.direction * s.dstate : 0, step_C = kVariesC ? s.direction * s.dstate : 0;
+  const int64_t step = s.direction * W, step_B = kVariesB ? s.direction * s.pitch_B : 0, step_C = kVariesC ? s.direction * s.pitch_C : 0;
   Vec<T> a[kCount], h[kCount];
   for (int k = 0; k < kCount; ++k) a[k] = load(A2 + k * W), h[k] = load(h_io + k * W);
   const T *u = s.u, *delta = s.delta, *B = s.B, *C = s.C;
@@ -55,7 +55,7 @@ inline void scan_steps(const Steps<T>& s, const T* A2, T* h_io, T* y) {
 template <class T, int kCount, bool kVariesB, bool kVariesC, bool kSafe, bool kNeedY>
 inline void recompute_steps(const Steps<T>& s, const T* A2, T* h_io, T* y, T* decays, T* states) {
   constexpr int W = kLanes<T>;
-  const int64_t step = s.direction * W, step_B = kVariesB ? s.direction * s.dstate : 0, step_C = kVariesC ? s.direction * s.dstate : 0;
+  const int64_t step = s.direction * W, step_B = kVariesB ? s.direction * s.pitch_B : 0, step_C = kVariesC ? s.direction * s.pitch_C : 0;
   Vec<T> a[kCount], h[kCount];
   for (int k = 0; k < kCount; ++k) {
     a[k] = load(A2 + k * W), h[k] = load(h_io + k * W);
@@ -94,7 +94,7 @@ template <class T, int kCount, bool kVariesB, bool kVariesC>
 inline void sweep_steps(const Steps<T>& s, const Sweep<T>& g, const T* A) {
   constexpr int W = kLanes<T>;
   const int last = s.count - 1;
-  const int64_t step = s.direction * W, step_B = kVariesB ? s.direction * s.dstate : 0, step_C = kVariesC ? s.direction * s.dstate : 0;
+  const int64_t step = s.direction * W, step_B = kVariesB ? s.direction * s.pitch_B : 0, step_C = kVariesC ? s.direction * s.pitch_C : 0;
   const T *u = s.u + last * step, *delta = s.delta + last * step, *dy = g.dy + last * step;
   T *dx = g.dx + last * step, *ddelta = g.ddelta + last * step;
   const T *B = s.B + last * step_B, *C = s.C + last * step_C;

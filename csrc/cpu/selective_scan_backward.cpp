@@ -237,9 +237,8 @@ template <class T, bool kVariesB, bool kVariesC>
 void backward_direction(ScanTask<T>& k, Gradients<T>& g, int d, const Partials<T>& partials) {
   const ScanDirection& dir = k.a.direction[d];
   const Plan& p = k.p;
-  const Tensor &B = k.source(&ScanDirection::B, d), &C = k.source(&ScanDirection::C, d);
-  if (!kVariesB) k.load_constant(B, k.B);
-  if (!kVariesC) k.load_constant(C, k.C);
+  const bool last = d == k.a.directions - 1;
+  k.load_constants(d);
   k.load_states(dir.dlast_state, g.dh);
   Run runs[kChunk];
   for (int64_t i = p.chunks - 1; i >= 0; --i) {
@@ -248,8 +247,19 @@ void backward_direction(ScanTask<T>& k, Gradients<T>& g, int d, const Partials<T
     k.begin_chunk(d, t0, t1);
     if (k.a.dz || k.a.out) k.begin_y(d, t0, t1);
     begin_dy(k, g, d, t0, t1);
-    if (kVariesB) k.load_coefficient(B, k.B, t0, t1);
-    if (kVariesC) k.load_coefficient(C, k.C, t0, t1);
+    k.load_coefficients(d, t0, t1);
+    const int64_t next = dir.reverse ? t1 : t0 - kChunk, end = next + kChunk < p.seqlen ? next + kChunk : p.seqlen;
+    if (next >= 0 && next < p.seqlen) {
+      k.prefetch(d, next, end);
+      if (d == 0) {
+        prefetch_block<false>(plane(k.a.dout, k.batch), k.channel, k.channels, next, end - next);
+        prefetch_block<false>(plane(k.a.z, k.batch), k.channel, k.channels, next, end - next);
+      }
+    }
+    if (last || k.separate_u) prefetch_block<true>(plane(dir.du ? dir.du : k.a.direction[0].du, k.batch), k.channel, k.channels, t0, t1 - t0);
+    if (last || k.separate_delta)
+      prefetch_block<true>(plane(dir.ddelta ? dir.ddelta : k.a.direction[0].ddelta, k.batch), k.channel, k.channels, t0, t1 - t0);
+    if (last) prefetch_block<true>(plane(k.a.dz, k.batch), k.channel, k.channels, t0, t1 - t0);
     const int count = find_runs(k.a.seq_idx, k.batch, t0, t1, p.seqlen, dir.reverse, runs);
     memset(g.dx, 0, sizeof(T) * size_t(k.tiles) * kChunk * kLanes<T>);
     memset(g.ddecay, 0, sizeof(T) * size_t(k.tiles) * kChunk * kLanes<T>);
@@ -259,7 +269,7 @@ void backward_direction(ScanTask<T>& k, Gradients<T>& g, int d, const Partials<T
     if (kVariesB && partials.dB[d]) add_chunk(k, dir.reverse, t0, t1, g.chunk_dB, partials.dB[d]);
     if (kVariesC && partials.dC[d]) add_chunk(k, dir.reverse, t0, t1, g.chunk_dC, partials.dC[d]);
     store_input_gradients(k, g, d, t0, t1);
-    if (d == k.a.directions - 1 && (k.a.dz || k.a.out)) store_gate(k, g, t0, t1);
+    if (last && (k.a.dz || k.a.out)) store_gate(k, g, t0, t1);
   }
   if (dir.dinitial_state) k.store_states(dir.dinitial_state, g.dh);
 }

@@ -32,9 +32,8 @@ void forward_direction(ScanTask<T>& k, int d, T* gate) {
   constexpr int W = kLanes<T>;
   const ScanDirection& dir = k.a.direction[d];
   const Plan& p = k.p;
-  const Tensor &B = k.source(&ScanDirection::B, d), &C = k.source(&ScanDirection::C, d);
-  if (!kVariesB) k.load_constant(B, k.B);
-  if (!kVariesC) k.load_constant(C, k.C);
+  const bool last = d == k.a.directions - 1;
+  k.load_constants(d);
   k.load_states(dir.initial_state, k.h);
   Run runs[kChunk];
   for (int64_t i = 0; i < p.chunks; ++i) {
@@ -42,8 +41,13 @@ void forward_direction(ScanTask<T>& k, int d, T* gate) {
     const int64_t t1 = t0 + kChunk < p.seqlen ? t0 + kChunk : p.seqlen;
     k.begin_chunk(d, t0, t1);
     k.begin_y(d, t0, t1);
-    if (kVariesB) k.load_coefficient(B, k.B, t0, t1);
-    if (kVariesC) k.load_coefficient(C, k.C, t0, t1);
+    k.load_coefficients(d, t0, t1);
+    const int64_t next = dir.reverse ? t0 - kChunk : t1, end = next + kChunk < p.seqlen ? next + kChunk : p.seqlen;
+    if (next >= 0 && next < p.seqlen) k.prefetch(d, next, end);
+    if (last) {
+      prefetch_block<false>(plane(k.a.z, k.batch), k.channel, k.channels, t0, t1 - t0);
+      prefetch_block<true>(plane(k.a.out, k.batch), k.channel, k.channels, t0, t1 - t0);
+    }
     const int count = find_runs(k.a.seq_idx, k.batch, t0, t1, p.seqlen, dir.reverse, runs);
     for (int64_t tile = 0; tile < k.tiles; ++tile) {
       if (dir.states) memcpy(k.kept(dir.states, chunk, tile), k.state(k.h, tile, 0), size_t(p.dstate) * W * sizeof(T));
@@ -61,7 +65,7 @@ void forward_direction(ScanTask<T>& k, int d, T* gate) {
         });
       });
     }
-    if (d == k.a.directions - 1) store_output(k, t0, t1, gate);
+    if (last) store_output(k, t0, t1, gate);
   }
   if (dir.last_state) k.store_states(dir.last_state, k.h);
 }

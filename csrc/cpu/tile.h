@@ -302,6 +302,19 @@ inline void store_block(const Plane& p, int64_t channel, int64_t channels, int64
   }
 }
 
+// Asks for a block's memory ahead of its use; `write` where it will be stored to.
+template <bool kWrite>
+inline void prefetch_block(const Plane& p, int64_t channel, int64_t channels, int64_t time, int64_t steps) {
+  if (!p) return;
+  const int64_t item = item_size(p.dtype);
+  const bool by_time = p.channel_stride == 1;
+  const int64_t rows = by_time ? steps : channels, row_bytes = (by_time ? channels : steps) * item;
+  const int64_t pitch = (by_time ? p.time_stride : p.channel_stride) * item;
+  const char* at = p.at(channel, time);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t b = 0; b < row_bytes + 63; b += 64) __builtin_prefetch(at + r * pitch + b, kWrite, 2);
+}
+
 // A block of one tile.
 template <class T>
 inline void load_tile(const Plane& p, int64_t channel, int channels, int64_t time, int64_t steps, T* tile) {
