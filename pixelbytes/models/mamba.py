@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pixelbytes.models.common import SequenceModel
 from pixelbytes.modules import BiMamba, Mamba, PxByEmbed
+from pixelbytes_kernels import MambaStep
 
 
 @dataclass
@@ -98,19 +99,22 @@ class BysMamba(SequenceModel):
 
     @property
     def incremental(self) -> bool:
-        """True for the causal form. The bidirectional one recomputes its window at every step."""
+        """True for the causal form. The bidirectional one recomputes its window at every step: a new token is the start of the
+        downward direction, whose states at every earlier position change with it, and with them all that the later layers see.
+        """
         return self.causal
 
     def init_state(self, batch: int, context: int = 256) -> Any:
+        """For the causal form the weights as they are now, packed, with empty states: one call decodes through all layers."""
         if not self.causal:
             return super().init_state(batch, context)
-        return [stage.init_state(batch) for stage in self._stages()]
+        norms = [None] * len(self._stages()) if self.norms is None else [norm.weight for norm in self.norms]
+        layers = [stage.decoding_layer(batch, norm) for stage, norm in zip(self._stages(), norms, strict=False)]
+        return MambaStep(layers, eps=torch.finfo(torch.float32).eps)  # nn.RMSNorm's own default
 
     @torch.no_grad()
     def step(self, window: Tensor, state: Any) -> tuple[Tensor, Any]:
         if not self.causal:
             return super().step(window, state)
-        e = self._embed(window[:, None])[:, 0]  # (batch, dim)
-        for index, (stage, memory) in enumerate(zip(self._stages(), state, strict=True)):
-            e = e + stage.step(self._normed(index, e), memory)
-        return self.head(self._normed(-1, e)).float(), state
+        e = state(self._embed(window[:, None])[:, 0].float().contiguous())  # (batch, dim)
+        return self.head(self._normed(-1, e.to(self.lm_head.weight.dtype))).float(), state

@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pixelbytes_kernels import bimamba_inner, causal_conv1d_update, mamba_inner, selective_state_update
-
-
-class MambaState(NamedTuple):
-    """What one block remembers between decoding steps; both tensors are updated in place."""
-
-    conv: Tensor  # (batch, d_inner, d_conv - 1), the newest inputs of the convolution
-    ssm: Tensor  # (batch, d_inner, d_state), float32
+from pixelbytes_kernels import MambaLayer, bimamba_inner, mamba_inner
 
 
 class Mamba(nn.Module):
@@ -93,39 +84,32 @@ class Mamba(nn.Module):
             self.D,
         )
 
-    def init_state(self, batch: int) -> MambaState:
-        """Zero state for `step`, on the device and in the dtype of the weights."""
-        weight = self.in_proj.weight
-        return MambaState(
-            weight.new_zeros(batch, self.d_inner, self.d_conv - 1),
-            torch.zeros(batch, self.d_inner, self.d_state, device=weight.device, dtype=torch.float32),
-        )
-
     @torch.no_grad()
-    def step(self, x: Tensor, state: MambaState) -> Tensor:
-        """One decoding step: x (batch, d_model) -> (batch, d_model); `state` is updated in place."""
-        u, z = self.in_proj(x).chunk(2, dim=-1)  # (batch, d_inner) each
-        u = causal_conv1d_update(u, state.conv, self.conv1d.weight.squeeze(1), self.conv1d.bias, "silu")
-        dt, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        y = selective_state_update(
-            state.ssm,
-            u,
-            F.linear(dt, self.dt_proj.weight),
+    def decoding_layer(self, batch: int, norm: Tensor | None = None) -> MambaLayer:
+        """This block, with the weight of the RMSNorm before it, as `MambaStep` takes it: float32, from an empty state."""
+        weight = self.in_proj.weight
+        memory = (weight.new_zeros(batch, self.d_inner, n, dtype=torch.float32) for n in (self.d_conv - 1, self.d_state))
+        tensors = (
+            norm,
+            weight,
+            self.in_proj.bias,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.x_proj.weight,
+            self.dt_proj.weight,
+            self.dt_proj.bias,
             -torch.exp(self.A_log.float()),
-            B,
-            C,
             self.D,
-            z=z,
-            dt_bias=self.dt_proj.bias,
-            dt_softplus=True,
+            self.out_proj.weight,
+            self.out_proj.bias,
         )
-        return self.out_proj(y)
+        return MambaLayer(*(None if t is None else t.float() for t in tensors), *memory)
 
 
 class BiMamba(Mamba):
     """Both directions of one shared Mamba: `(mamba(x) + flip(mamba(flip(x)))) * scale`.
 
-    Same parameters as Mamba. Not causal, so it has no `step`.
+    Same parameters as Mamba. Not causal: a new token changes the downward direction everywhere, so it cannot decode step by step.
     """
 
     def __init__(self, d_model: int, *args: int, scale: float = 0.5, **kwargs: int) -> None:
@@ -138,5 +122,5 @@ class BiMamba(Mamba):
             *self._inner_arguments(x), delta_bias=self.dt_proj.bias, delta_softplus=True, scale=self.scale
         )
 
-    def step(self, x: Tensor, state: MambaState) -> Tensor:
+    def decoding_layer(self, batch: int, norm: Tensor | None = None) -> MambaLayer:
         raise RuntimeError("BiMamba reads the sequence from both ends: run it on the whole window instead of stepping")
