@@ -1,9 +1,9 @@
-"""Seeded inputs for every op, the error metric, and the comparison with the float64 oracle. Tests and benchmarks share it.
+"""Seeded inputs for every op, the error metric, and the comparison with the float64 oracle, for tests and benchmarks.
 
-The numeric contract: the oracle is `<op>_ref` in float64 on inputs already rounded to the tested dtype; the error of a tensor is
-max|x - oracle| / max|oracle|, for the output and every gradient; the bound is twice the error of the plain loop in that dtype
-plus 4 eps(float32), plus half an eps of the tensor's own dtype: its last rounding, which no kernel can avoid and the plain loop may
-miss by luck. NaN fails.
+The numeric contract: the oracle is `<op>_ref` in float64 on inputs already rounded to the tested dtype; the error of a
+tensor is max|x - oracle| / max|oracle|, for the output and every gradient; the bound is twice the error of the plain
+loop in that dtype plus 4 eps(float32), plus half an eps of the tensor's own dtype: its last rounding, which no kernel
+can avoid and the plain loop may miss by luck. NaN fails.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def scan_inputs(
     seq_idx: bool = False,
     seed: int = 0,
 ) -> Inputs:
-    """Arguments of `selective_scan`. `constant` names those of B and C that do not vary in time; `groups=None`: 3-D B and C."""
+    """Arguments of `selective_scan`. `constant`: those of B and C constant in time; `groups=None`: 3-D B and C."""
     gen = torch.Generator().manual_seed(seed)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -54,7 +54,7 @@ def scan_inputs(
 
     inputs: Inputs = {
         "u": sequence(batch, dim, seqlen),
-        "delta": (sequence(batch, dim, seqlen) * 0.5 - (0.0 if delta_softplus else -0.6)).to(dtype),
+        "delta": sequence(batch, dim, seqlen) * 0.5,
         "A": -torch.exp(normal(dim, dstate, like=wide) * 0.7),
         "B": coefficient("B"),
         "C": coefficient("C"),
@@ -63,12 +63,114 @@ def scan_inputs(
         "delta_bias": normal(dim, like=wide) * 0.3 if delta_bias else None,
         "delta_softplus": delta_softplus,
     }
+    if not delta_softplus:  # steps are positive: a state that grew would make rounding errors grow with it
+        for name in ("delta", "delta_bias"):
+            inputs[name] = None if inputs[name] is None else inputs[name].abs() + 0.1
     if initial_state:
         inputs["initial_state"] = normal(batch, dim, dstate, like=wide)
     if seq_idx:
         cuts = torch.rand(batch, seqlen, generator=gen) < 0.15
         inputs["seq_idx"] = cuts.cumsum(1).to(torch.int32)
     return inputs
+
+
+def conv_inputs(
+    batch: int = 2,
+    dim: int = 20,
+    seqlen: int = 37,
+    width: int = 4,
+    *,
+    dtype: torch.dtype = torch.float32,
+    bias: bool = True,
+    channels_last: bool = False,
+    initial_states: bool = False,
+    seq_idx: bool = False,
+    seed: int = 0,
+) -> Inputs:
+    """Arguments of `causal_conv1d`; weights are float32, or float64 where x is."""
+    gen = torch.Generator().manual_seed(seed)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def normal(*shape: int, like: torch.dtype = wide) -> Tensor:
+        return torch.randn(*shape, generator=gen, dtype=torch.float64).to(like)
+
+    x = normal(batch, dim, seqlen, like=dtype)
+    inputs: Inputs = {
+        "x": x.transpose(1, 2).contiguous().transpose(1, 2) if channels_last else x,
+        "weight": normal(dim, width),
+        "bias": normal(dim) if bias else None,
+    }
+    if initial_states:
+        inputs["initial_states"] = normal(batch, dim, width - 1, like=dtype)
+    if seq_idx:
+        inputs["seq_idx"] = (torch.rand(batch, seqlen, generator=gen) < 0.2).cumsum(1)
+    return inputs
+
+
+def inner_inputs(
+    batch: int = 2,
+    dim: int = 20,
+    seqlen: int = 37,
+    dstate: int = 5,
+    rank: int = 2,
+    d_model: int = 10,
+    *,
+    dtype: torch.dtype = torch.float32,
+    second: bool = False,
+    seed: int = 0,
+) -> Inputs:
+    """Arguments of `mamba_inner`, channels last; `second`: of `bimamba_inner`, with weights of its own downwards."""
+    gen = torch.Generator().manual_seed(seed)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def normal(*shape: int, like: torch.dtype = wide, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=gen, dtype=torch.float64) * scale).to(like)
+
+    def side() -> Inputs:
+        return {
+            "conv1d_weight": normal(dim, 1, 4),
+            "conv1d_bias": normal(dim),
+            "x_proj_weight": normal(rank + 2 * dstate, dim, scale=dim**-0.5),
+            "delta_proj_weight": normal(dim, rank, scale=rank**-0.5),
+            "A": -torch.exp(normal(dim, dstate, scale=0.7)),
+            "D": normal(dim),
+            "delta_bias": normal(dim) - 1,
+        }
+
+    inputs: Inputs = {
+        "xz": normal(batch, seqlen, 2 * dim, like=dtype).transpose(1, 2),
+        **side(),
+        "out_proj_weight": normal(d_model, dim, scale=dim**-0.5),
+        "out_proj_bias": normal(d_model),
+        "B_proj_bias": normal(dstate),
+        "C_proj_bias": normal(dstate),
+    }
+    if second:
+        inputs |= {f"{name}_rev": t for name, t in side().items()}
+    return inputs
+
+
+def update_inputs(
+    batch: int = 2,
+    dim: int = 20,
+    dstate: int = 5,
+    *,
+    dtype: torch.dtype = torch.float32,
+    groups: int | None = None,
+    D: bool = True,
+    z: bool = True,
+    dt_bias: bool = True,
+    seed: int = 0,
+) -> Inputs:
+    """Arguments of `selective_state_update`: the last step of `scan_inputs`, and a state."""
+    scan = scan_inputs(
+        batch, dim, 1, dstate, dtype=dtype, groups=groups, D=D, z=z, delta_bias=dt_bias, initial_state=True, seed=seed
+    )
+    names = {"state": "initial_state", "x": "u", "dt": "delta", "A": "A", "B": "B", "C": "C", "D": "D", "z": "z"}
+    inputs = {name: scan[source] for name, source in names.items()}
+    for name in ("x", "dt", "B", "C", "z"):
+        inputs[name] = None if inputs[name] is None else inputs[name][..., 0]
+    return {**inputs, "dt_bias": scan["delta_bias"], "dt_softplus": True}
 
 
 def embed_inputs(
@@ -120,7 +222,9 @@ def rounded(inputs: Mapping[str, Any], dtype: torch.dtype) -> Inputs:
 def run(op: Callable[..., Any], inputs: Mapping[str, Any], *, seed: int = 1, **options: Any) -> dict[str, Tensor]:
     """Outputs and all gradients of `op(**inputs)` for one fixed random output gradient, by name."""
     leaves = {
-        k: v.detach().clone(memory_format=torch.preserve_format).requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v
+        k: v.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        if isinstance(v, Tensor) and v.is_floating_point()
+        else v
         for k, v in inputs.items()
     }
     outputs = op(**leaves, **options)
@@ -131,7 +235,9 @@ def run(op: Callable[..., Any], inputs: Mapping[str, Any], *, seed: int = 1, **o
     wanted = {k: v for k, v in leaves.items() if isinstance(v, Tensor) and v.requires_grad}
     found = torch.autograd.grad(outputs, list(wanted.values()), grads, allow_unused=True)
     result = {f"out{i}": o.detach() for i, o in enumerate(outputs)}
-    result |= {f"d{k}": torch.zeros_like(v) if g is None else g for (k, v), g in zip(wanted.items(), found, strict=True)}
+    result |= {
+        f"d{k}": torch.zeros_like(v) if g is None else g for (k, v), g in zip(wanted.items(), found, strict=True)
+    }
     return result
 
 
@@ -145,7 +251,12 @@ def error(x: Tensor, oracle: Tensor) -> float:
 
 
 def assert_matches(
-    op: Callable[..., Any], reference: Callable[..., Any], inputs: Mapping[str, Any], *, options: Mapping[str, Any] | None = None, **shared: Any
+    op: Callable[..., Any],
+    reference: Callable[..., Any],
+    inputs: Mapping[str, Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    **shared: Any,
 ) -> None:
     """Holds `op` to the numeric contract. `options` go to `op` only, `shared` to both."""
     oracle = run(reference, rounded(inputs, torch.float64), **shared)
@@ -155,7 +266,7 @@ def assert_matches(
     failures = []
     for name, value in oracle.items():
         kind = torch.finfo(torch.float64 if got["out0"].dtype == torch.float64 else torch.float32)
-        slack = 64 if kind.bits == 64 else 4  # in float64 the oracle itself is only as good as another order of additions
+        slack = 64 if kind.bits == 64 else 4  # in float64 the oracle is only as good as another order of additions
         bound = 2 * error(plain[name], value) + slack * kind.eps + torch.finfo(got[name].dtype).eps / 2
         found = error(got[name], value)
         if not found <= bound:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..._autograd import autograd_inside_op
 from .reference import causal_conv1d_ref
 
 
@@ -28,7 +29,7 @@ def backward(
     needs: Sequence[bool],
     dx: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    with torch.enable_grad():
+    with autograd_inside_op():
         leaves = [t if t is None or i == 3 else t.detach().requires_grad_(bool(needs[i])) for i, t in enumerate(tensors)]
         x, weight, bias, seq_idx, initial = leaves
         assert x is not None and weight is not None

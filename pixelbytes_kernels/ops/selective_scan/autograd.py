@@ -163,7 +163,8 @@ def _register(op: str) -> None:
 
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         directions, z, seq_idx = unpack(arguments)
-        return pick(*implementation(arguments[-1]).forward(directions, z, seq_idx, options_of(arguments), True))
+        found = implementation(arguments[-1]).forward(directions, z, seq_idx, options_of(arguments), True)
+        return pick(as_promised(found[0], arguments[0]), *found[1:])
 
     def fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
         directions, _, _ = unpack(arguments)
@@ -186,7 +187,8 @@ def _register(op: str) -> None:
         grads = list(grads)
         if bidirectional:
             del grads[7]
-        return [dout.new_empty(0) if grad is None else grad for grad in (*grads, dz)]
+        pairs = zip((*grads, dz), arguments[: count - 1], strict=True)
+        return [dout.new_empty(0) if grad is None else as_promised(grad, tensor) for grad, tensor in pairs]
 
     def fake_backward(*arguments: Any) -> list[Tensor]:
         dout, needs = arguments[count + 1], arguments[count + 3]
@@ -217,6 +219,12 @@ def _register(op: str) -> None:
     torch.library.register_fake(f"pixelbytes::{op}_backward", fake_backward, lib=_library)
     torch.library.register_autograd(f"pixelbytes::{op}", autograd_backward, setup_context=setup_context, lib=_library)
     torch.library.register_autograd(f"pixelbytes::{op}_backward", refuse, lib=_library)
+
+
+def as_promised(found: Tensor, like: Tensor) -> Tensor:
+    """`found` with the strides of `torch.empty_like(like)`, which the fakes promise and compiled code relies on."""
+    strides = torch.empty_like(like, device="meta").stride()
+    return found if found.stride() == strides else torch.empty_like(like, dtype=found.dtype).copy_(found)
 
 
 def states_size(backend: str, directions: tuple[Direction, ...]) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..._autograd import autograd_inside_op
 from .autograd import Direction, Options, compute_dtype, states_size
 from .reference import selective_scan_ref
 
@@ -116,7 +117,7 @@ def backward(
         if i == 0 and dlast_state is not None:
             dstate = dlast_state.to(dtype)
         for chunk, start, stop in reversed(chunk_spans(direction, u.shape[2])):
-            with torch.enable_grad():
+            with autograd_inside_op():
                 pieces = [None if t is None else t.detach().requires_grad_() for t in cut(direction, start, stop)]
                 state = states[i, chunk].detach().requires_grad_()
                 part, last = chunk_scan(pieces, state, seq_idx, options.delta_softplus, direction, start, stop)
