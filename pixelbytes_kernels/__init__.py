@@ -12,6 +12,7 @@ from .ops.mamba_step import MambaLayer, MambaStep
 from .ops.pxby_embed import pxby_embed, pxby_embed_ref
 from .ops.selective_scan import selective_scan, selective_scan_ref
 from .ops.selective_state_update import selective_state_update, selective_state_update_ref
+from .packing import pack, seq_idx_from_cu_seqlens, seq_idx_from_position_ids, unpack
 
 __all__ = [
     "MambaLayer",
@@ -27,12 +28,16 @@ __all__ = [
     "causal_conv1d_update_ref",
     "mamba_inner",
     "mamba_inner_ref",
+    "pack",
     "pxby_embed",
     "pxby_embed_ref",
     "selective_scan",
     "selective_scan_ref",
     "selective_state_update",
     "selective_state_update_ref",
+    "seq_idx_from_cu_seqlens",
+    "seq_idx_from_position_ids",
     "set_backend",
+    "unpack",
     "use_backend",
 ]

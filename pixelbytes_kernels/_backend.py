@@ -109,10 +109,13 @@ def choose_backend(
     return asked
 
 
-@torch.compiler.assume_constant_result
 def _constant_backends() -> dict[str, tuple[bool, str]]:
     """`available_backends`, run rather than traced by torch.compile, which cannot trace an import."""
     return available_backends()
+
+
+# What torch.compiler.assume_constant_result does, without its import of torch._dynamo: seconds for every import of this.
+_constant_backends._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def resolve(op: str, asked: str, tensor: torch.Tensor, implemented: tuple[str, ...]) -> str:
