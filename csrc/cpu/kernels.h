@@ -70,7 +70,8 @@ struct StateArgs {
 };
 
 // A layer of mamba_step: norm (dim) or null; in_proj (2 inner, dim); conv_weight (inner, width); x_proj (rank + 2 dstate, inner);
-// dt_proj (inner, rank); A (inner, dstate); D (inner); out_proj (dim, inner); biases or null. States fp32, contiguous.
+// dt_proj (inner, rank); A (inner, dstate); D (inner); out_proj (dim, inner); biases or null. conv_state (batch, width - 1, inner), state
+// (batch, inner, dstate): fp32, contiguous.
 struct StepLayer {
   Tensor norm, in_proj, in_proj_bias, conv_weight, conv_bias, x_proj, dt_proj, dt_bias, A, D, out_proj, out_proj_bias, conv_state, state;
 };

@@ -23,8 +23,8 @@ struct Layer {
   float* norm = nullptr;
   Packed in_x, in_z, x_proj, dt_proj, out_proj;  // in_proj is split, so that each part starts at a panel
   float *taps = nullptr, *conv_bias = nullptr;   // (width, inner), (inner)
-  float *A = nullptr, *D = nullptr;              // A log2(e) (tile, dstate, lane), (inner)
-  Tensor conv_state, state;                      // (batch, inner, width - 1), (batch, inner, dstate), contiguous
+  float *A = nullptr, *D = nullptr;              // A log2(e) (inner, dstate padded to lanes), (inner)
+  Tensor conv_state, state;                      // (batch, width - 1, inner), (batch, inner, dstate), contiguous
 };
 
 struct Plan {
@@ -91,46 +91,46 @@ void multiply(const Packed& m, const float* x, float* y) {
   for (; panel < m.panels; ++panel) multiply_panels<1>(m, panel, x, y);
 }
 
-// Convolution step of one row; the window moves on by one.
+// Convolution step of one row; the window (past, inner), oldest first, moves on by one.
 void convolve(const Plan& p, const Layer& l, int64_t row, float* u) {
-  const int64_t past = p.width - 1;
-  float* window = reinterpret_cast<float*>(l.conv_state.data) + row * p.inner * past;
+  const int64_t past = p.width - 1, inner = padded(p.inner);
+  float* window = reinterpret_cast<float*>(l.conv_state.data) + row * past * p.inner;
   for (int64_t c = 0; c < p.inner; c += W) {
-    alignas(64) float older[3 * W] = {};
-    const int64_t count = p.inner - c < W ? p.inner - c : W;
-    for (int64_t i = 0; i < count; ++i)
-      for (int64_t k = 0; k < past; ++k) {
-        float* at = window + (c + i) * past;
-        older[k * W + i] = at[k];
-        at[k] = k + 1 < past ? at[k + 1] : u[c + i];
-      }
-    vf sum = load(l.conv_bias + c) + load(l.taps + past * padded(p.inner) + c) * load(u + c);
-    for (int64_t k = 0; k < past; ++k) sum += load(l.taps + k * padded(p.inner) + c) * load(older + k * W);
+    const int count = int(p.inner - c < W ? p.inner - c : W);
+    const vf newest = load(u + c);
+    vf sum = load(l.conv_bias + c) + load(l.taps + past * inner + c) * newest;
+    for (int64_t k = 0; k < past; ++k) {
+      const vf x = load_part<float>(window + k * p.inner + c, count);
+      sum += load(l.taps + k * inner + c) * x;
+      if (k > 0) store_part<float>(window + (k - 1) * p.inner + c, count, x);
+    }
+    store_part<float>(window + (past - 1) * p.inner + c, count, newest);
     store(u + c, silu(sum));
   }
 }
 
-// Scan step of one row, gated: lanes are channels, the states of a tile are transposed on their way in and out.
-void scan_step(const Plan& p, const Layer& l, int64_t row, const float* u, const float* z, const float* delta, const float* B, float* y) {
+// Scan step of one row, gated. Lanes are the states of one channel, as they lie in memory; the sums over them of a tile of channels are
+// taken together.
+void scan_step(const Plan& p, const Layer& l, int64_t row, const float* u, const float* z, float* delta, const float* B, float* y) {
   const float* C = B + p.dstate;
   float* states = reinterpret_cast<float*>(l.state.data) + row * p.inner * p.dstate;
+  const int64_t rows = padded(p.dstate);
+  for (int64_t c = 0; c < p.inner; c += W) store(delta + c, softplus(load(delta + c)));
   for (int64_t c = 0; c < p.inner; c += W) {
     const int64_t count = p.inner - c < W ? p.inner - c : W;
-    const vf d = softplus(load(delta + c)), x = load(u + c), dx = d * x;
-    vf sum = load(l.D + c) * x;
+    vf sums[W] = {};
     for (int64_t n = 0; n < p.dstate; n += W) {
       const int part = int(p.dstate - n < W ? p.dstate - n : W);
-      vf h[W];
-      for (int i = 0; i < W; ++i) h[i] = i < count ? load_part<float>(states + (c + i) * p.dstate + n, part) : vf{};
-      transpose<float>(h);
-      for (int k = 0; k < part; ++k) {
-        h[k] = exp2_product<false>(d, load(l.A + (c / W * p.dstate + n + k) * W)) * h[k] + splat(B[n + k]) * dx;
-        sum += splat(C[n + k]) * h[k];
+      const vf b = load_part<float>(B + n, part), out = load_part<float>(C + n, part);
+      for (int64_t i = 0; i < count; ++i) {
+        float* state = states + (c + i) * p.dstate + n;
+        const vf d = splat(delta[c + i]);
+        const vf h = exp2_product<false>(d, load(l.A + (c + i) * rows + n)) * load_part<float>(state, part) + b * (d * u[c + i]);
+        store_part<float>(state, part, h);
+        sums[i] += h * out;
       }
-      transpose<float>(h);
-      for (int i = 0; i < count; ++i) store_part<float>(states + (c + i) * p.dstate + n, part, h[i]);
     }
-    store(y + c, sum * silu(load(z + c)));
+    store(y + c, (sum_lanes<float>(sums) + load(l.D + c) * load(u + c)) * silu(load(z + c)));
   }
 }
 
@@ -171,7 +171,7 @@ void* step_create(const StepLayer* layers, int64_t count, double eps) {
                         count * (Scratch::round(padded(p->dim) * 4) + 2 * packed_bytes(p->inner, p->dim) +
                                  packed_bytes(p->rank + 2 * p->dstate, p->inner) + packed_bytes(p->inner, p->rank) +
                                  packed_bytes(p->dim, p->inner) + Scratch::round(inner * p->width * 4) + 2 * Scratch::round(inner * 4) +
-                                 Scratch::round(inner * p->dstate * 4));
+                                 Scratch::round(inner * padded(p->dstate) * 4));
   p->memory = static_cast<char*>(aligned_alloc(64, size_t(bytes)));
   if (!p->memory) {
     delete p;
@@ -196,10 +196,10 @@ void* step_create(const StepLayer* layers, int64_t count, double eps) {
       for (int64_t k = 0; k < p->width; ++k) l.taps[k * inner + c] = load_element<float>(s.conv_weight.at(c, k), s.conv_weight.dtype);
     l.conv_bias = pack_vector(next, s.conv_bias, p->inner);
     l.D = pack_vector(next, s.D, p->inner);
-    l.A = take(next, inner * p->dstate);
+    l.A = take(next, inner * padded(p->dstate));
     for (int64_t c = 0; c < p->inner; ++c)
       for (int64_t n = 0; n < p->dstate; ++n)
-        l.A[(c / W * p->dstate + n) * W + c % W] = load_element<float>(s.A.at(c, n), s.A.dtype) * kLog2e;
+        l.A[c * padded(p->dstate) + n] = load_element<float>(s.A.at(c, n), s.A.dtype) * kLog2e;
     l.conv_state = s.conv_state;
     l.state = s.state;
   }

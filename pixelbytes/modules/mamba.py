@@ -88,7 +88,10 @@ class Mamba(nn.Module):
     def decoding_layer(self, batch: int, norm: Tensor | None = None) -> MambaLayer:
         """This block, with the weight of the RMSNorm before it, as `MambaStep` takes it: float32, from an empty state."""
         weight = self.in_proj.weight
-        memory = (weight.new_zeros(batch, self.d_inner, n, dtype=torch.float32) for n in (self.d_conv - 1, self.d_state))
+        memory = (
+            weight.new_zeros(batch, self.d_conv - 1, self.d_inner, dtype=torch.float32),
+            weight.new_zeros(batch, self.d_inner, self.d_state, dtype=torch.float32),
+        )
         tensors = (
             norm,
             weight,

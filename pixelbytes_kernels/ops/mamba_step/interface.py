@@ -20,7 +20,7 @@ IMPLEMENTED = ("torch", "cpu")
 class MambaLayer(NamedTuple):
     """A block `x + mixer(norm(x))` and its memory: norm (dim) or None; in_proj (2 * inner, dim); conv_weight (inner, width); x_proj
     (rank + 2 * dstate, inner); dt_proj (inner, rank); A (inner, dstate); D (inner); out_proj (dim, inner); biases or None.
-    conv_state (batch, inner, width - 1) and state (batch, inner, dstate), contiguous, are updated in place by every step.
+    conv_state (batch, width - 1, inner), oldest first, and state (batch, inner, dstate), contiguous, are updated in place by every step.
     """
 
     norm: Tensor | None
@@ -67,7 +67,7 @@ class MambaStep:
             "x_proj": {"rows": rank + 2 * dstate, "inner": inner}, "dt_proj": {"inner": inner, "rank": rank},
             "dt_bias": {"inner": inner}, "A": {"inner": inner, "dstate": dstate}, "D": {"inner": inner},
             "out_proj": {"dim": dim, "inner": inner}, "out_proj_bias": {"dim": dim},
-            "conv_state": {"batch": batch, "inner": inner, "past": width - 1},
+            "conv_state": {"batch": batch, "past": width - 1, "inner": inner},
             "state": {"batch": batch, "inner": inner, "dstate": dstate},
         }  # fmt: skip
         if not 2 <= width <= 4:
@@ -110,7 +110,7 @@ def layer_step(x: Tensor, layer: MambaLayer, eps: float) -> Tensor:
     """What one block adds to x, through the public ops."""
     e = x if layer.norm is None else x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * layer.norm
     u, z = F.linear(e, layer.in_proj, layer.in_proj_bias).chunk(2, dim=-1)
-    u = causal_conv1d_update(u, layer.conv_state, layer.conv_weight, layer.conv_bias, "silu")
+    u = causal_conv1d_update(u, layer.conv_state.transpose(1, 2), layer.conv_weight, layer.conv_bias, "silu")
     rank, dstate = layer.dt_proj.shape[1], layer.A.shape[1]
     dt, B, C = F.linear(u, layer.x_proj).split([rank, dstate, dstate], dim=-1)
     dt = F.linear(dt, layer.dt_proj)
