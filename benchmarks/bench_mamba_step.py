@@ -35,7 +35,8 @@ def make_layers(case: Mapping[str, int], dtype: torch.dtype = torch.float32) -> 
             block = Mamba(case["d_model"])
             weights = (
                 torch.ones(case["d_model"]), block.in_proj.weight, None, block.conv1d.weight.squeeze(1),
-                block.conv1d.bias, block.x_proj.weight, block.dt_proj.weight, block.dt_proj.bias, -torch.exp(block.A_log), block.D,
+                block.conv1d.bias, block.x_proj.weight, block.dt_proj.weight, block.dt_proj.bias,
+                -torch.exp(block.A_log), block.D,
                 block.out_proj.weight, None,
             )  # fmt: skip
             states = (

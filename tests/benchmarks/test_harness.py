@@ -1,4 +1,6 @@
-"""The benchmarks measure what they say: statistics, the gate, the byte counter, the contestants, the files, the command."""
+"""The benchmarks measure what they say: statistics, the gate, the byte counter, the contestants, the files, the
+command.
+"""
 
 from __future__ import annotations
 
