@@ -108,8 +108,8 @@ class BysMamba(SequenceModel):
         """For the causal form the weights as they are now, packed, with empty states: one call decodes through all layers."""
         if not self.causal:
             return super().init_state(batch, context)
-        norms = [None] * len(self._stages()) if self.norms is None else [norm.weight for norm in self.norms]
-        layers = [stage.decoding_layer(batch, norm) for stage, norm in zip(self._stages(), norms, strict=False)]
+        weights: list[Any] = [None] * len(self._stages()) if self.norms is None else [n.weight for n in self.norms]
+        layers = [stage.decoding_layer(batch, weight) for stage, weight in zip(self._stages(), weights, strict=False)]
         return MambaStep(layers, eps=torch.finfo(torch.float32).eps)  # nn.RMSNorm's own default
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,9 +67,9 @@ class Mamba(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (batch, seqlen, d_model) -> the same shape."""
-        return mamba_inner(*self._inner_arguments(x), delta_bias=self.dt_proj.bias, delta_softplus=True)
+        return mamba_inner(*self._inner_arguments(x))
 
-    def _inner_arguments(self, x: Tensor) -> tuple[Tensor | None, ...]:
+    def _inner_arguments(self, x: Tensor) -> tuple[Any, ...]:
         xz = self.in_proj(x).transpose(1, 2)  # (batch, 2 * d_inner, seqlen), channels last in memory
         return (
             xz,
@@ -82,6 +83,7 @@ class Mamba(nn.Module):
             None,  # B and C come from x_proj
             None,
             self.D,
+            self.dt_proj.bias,
         )
 
     @torch.no_grad()
@@ -106,7 +108,7 @@ class Mamba(nn.Module):
             self.out_proj.weight,
             self.out_proj.bias,
         )
-        return MambaLayer(*(None if t is None else t.float() for t in tensors), *memory)
+        return MambaLayer._make((*(None if t is None else t.float() for t in tensors), *memory))
 
 
 class BiMamba(Mamba):
@@ -121,9 +123,7 @@ class BiMamba(Mamba):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (batch, seqlen, d_model) -> the same shape."""
-        return bimamba_inner(
-            *self._inner_arguments(x), delta_bias=self.dt_proj.bias, delta_softplus=True, scale=self.scale
-        )
+        return bimamba_inner(*self._inner_arguments(x), scale=self.scale)
 
     def decoding_layer(self, batch: int, norm: Tensor | None = None) -> MambaLayer:
         raise RuntimeError("BiMamba reads the sequence from both ends: run it on the whole window instead of stepping")

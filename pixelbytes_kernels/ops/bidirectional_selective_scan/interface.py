@@ -62,7 +62,18 @@ def bidirectional_selective_scan(
 
     B_down, C_down = own(B_rev, B), own(C_rev, C)
     check_scan(
-        op, own(u_rev, u), own(delta_rev, delta), own(A_rev, A), B_down, C_down, D_rev, None, delta_bias_rev, None, None, "_rev"
+        op,
+        own(u_rev, u),
+        own(delta_rev, delta),
+        own(A_rev, A),
+        B_down,
+        C_down,
+        D_rev,
+        None,
+        delta_bias_rev,
+        None,
+        None,
+        "_rev",
     )
     if own(u_rev, u).shape != u.shape or own(A_rev, A).shape != A.shape:
         raise ValueError(f"{op}: u_rev and A_rev must have the shapes of u {tuple(u.shape)} and A {tuple(A.shape)}")

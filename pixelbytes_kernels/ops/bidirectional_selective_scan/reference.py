@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -36,7 +38,7 @@ def bidirectional_selective_scan_ref(
     def own(rev: Tensor | None, shared: Tensor) -> Tensor:
         return shared if rev is None else rev
 
-    y = selective_scan_ref(u, delta, A, B, C, D, None, delta_bias, delta_softplus, seq_idx=seq_idx)
+    y: Any = selective_scan_ref(u, delta, A, B, C, D, None, delta_bias, delta_softplus, seq_idx=seq_idx)
     y = y + selective_scan_ref(
         own(u_rev, u),
         own(delta_rev, delta),

@@ -66,9 +66,29 @@ def bimamba_inner(
     Source: the mixers of Vision Mamba (arXiv 2401.09417), with shared or separate weights.
     """
     op = "bimamba_inner"
-    first = (conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D, delta_bias, B_proj_bias, C_proj_bias)
+    first = (
+        conv1d_weight,
+        conv1d_bias,
+        x_proj_weight,
+        delta_proj_weight,
+        A,
+        B,
+        C,
+        D,
+        delta_bias,
+        B_proj_bias,
+        C_proj_bias,
+    )
     check_inner(op, xz, out_proj_weight, out_proj_bias, first, seq_idx)
-    second = (conv1d_weight_rev, conv1d_bias_rev, x_proj_weight_rev, delta_proj_weight_rev, A_rev, D_rev, delta_bias_rev)
+    second = (
+        conv1d_weight_rev,
+        conv1d_bias_rev,
+        x_proj_weight_rev,
+        delta_proj_weight_rev,
+        A_rev,
+        D_rev,
+        delta_bias_rev,
+    )
     own = [s if s is not None else f for s, f in zip((*second[:5], None, None, *second[5:]), first[:9], strict=True)]
     check_inner(op, xz, out_proj_weight, out_proj_bias, (*own, B_proj_bias, C_proj_bias), seq_idx, "_rev")
     if own[4] is not None and own[4].shape != A.shape:
@@ -85,7 +105,7 @@ def bimamba_inner(
         x, z = xz.chunk(2, dim=1)
         convolve = partial(causal_conv1d, backend=name)
         (u, delta, B_up, C_up), (u_rev, delta_rev, B_rev, C_rev) = (
-            inner_inputs(x, *side[:4], side[4], B, C, B_proj_bias, C_proj_bias, reverse, seq_idx, convolve)  # type: ignore[arg-type]
+            inner_inputs(x, *side[:5], B, C, B_proj_bias, C_proj_bias, reverse, seq_idx, convolve)  # type: ignore
             for side, reverse in ((first, False), (own, True))
         )
         y = bidirectional_selective_scan(
@@ -96,5 +116,7 @@ def bimamba_inner(
     from ..mamba_inner.autograd import Inner, InnerOptions
 
     options = InnerOptions(name, delta_softplus, scale, False, True)
-    flat = [t.squeeze(1) if t is not None and i in (0, 11) and t.ndim == 3 else t for i, t in enumerate((*first, *second))]
+    flat = [
+        t.squeeze(1) if t is not None and i in (0, 11) and t.ndim == 3 else t for i, t in enumerate((*first, *second))
+    ]
     return Inner.apply(options, seq_idx, xz, out_proj_weight, out_proj_bias, *flat)

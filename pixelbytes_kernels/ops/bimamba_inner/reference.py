@@ -43,7 +43,18 @@ def bimamba_inner_ref(
 
     x, z = xz.chunk(2, dim=1)
     u, delta, B_up, C_up = inner_inputs(
-        x, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias, False, seq_idx
+        x,
+        conv1d_weight,
+        conv1d_bias,
+        x_proj_weight,
+        delta_proj_weight,
+        A,
+        B,
+        C,
+        B_proj_bias,
+        C_proj_bias,
+        False,
+        seq_idx,
     )
     u_rev, delta_rev, B_rev, C_rev = inner_inputs(
         x,

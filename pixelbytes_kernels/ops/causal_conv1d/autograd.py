@@ -41,7 +41,9 @@ class Convolution(torch.autograd.Function):
     """Saves its inputs only; what stands before the SiLU is recomputed."""
 
     @staticmethod
-    def forward(ctx: Any, backend: str, silu: bool, reverse: bool, final: bool, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, backend: str, silu: bool, reverse: bool, final: bool, *tensors: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(*tensors)
         ctx.config = backend, silu, reverse
         ctx.set_materialize_grads(False)
@@ -62,7 +64,9 @@ class Convolution(torch.autograd.Function):
 
 _library = torch.library.Library("pixelbytes", "FRAGMENT")
 _SCHEMA = "Tensor x, Tensor weight, Tensor? bias, Tensor? seq_idx, Tensor? initial_states"
-_library.define(f"causal_conv1d({_SCHEMA}, bool silu, bool reverse, bool final, str backend) -> (Tensor out, Tensor final_states)")
+_library.define(
+    f"causal_conv1d({_SCHEMA}, bool silu, bool reverse, bool final, str backend) -> (Tensor out, Tensor final_states)"
+)
 _library.define(
     f"causal_conv1d_backward({_SCHEMA}, Tensor dout, Tensor? dfinal, bool[] needs, bool silu, bool reverse, str backend) -> Tensor[]"
 )
@@ -111,5 +115,7 @@ for _device in ("CPU", "CUDA", "XPU"):
     _library.impl("causal_conv1d_backward", _backward, _device)
 torch.library.register_fake("pixelbytes::causal_conv1d", _fake_forward, lib=_library)
 torch.library.register_fake("pixelbytes::causal_conv1d_backward", _fake_backward, lib=_library)
-torch.library.register_autograd("pixelbytes::causal_conv1d", _autograd_backward, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd(
+    "pixelbytes::causal_conv1d", _autograd_backward, setup_context=_setup_context, lib=_library
+)
 torch.library.register_autograd("pixelbytes::causal_conv1d_backward", _refuse, lib=_library)

@@ -24,7 +24,9 @@ def forward(tensors: Sequence[Tensor | None], silu: bool, reverse: bool, final: 
             final_states = final_states.zero_() if initial is None else final_states.copy_(initial)
         return out, final_states
     double = x.dtype == torch.float64
-    cpu.conv_forward(tuple(tensors), silu, reverse, double, torch.get_num_threads(), out, final_states if final else None)
+    cpu.conv_forward(
+        tuple(tensors), silu, reverse, double, torch.get_num_threads(), out, final_states if final else None
+    )
     return out, final_states
 
 

@@ -1,6 +1,6 @@
 """causal_conv1d, the definition: a sum over taps of shifted inputs, in the dtype it is given.
 
-    pre_t = bias + sum_j weight[width - 1 - j] x_{t - j},   out = silu(pre)
+pre_t = bias + sum_j weight[width - 1 - j] x_{t - j},   out = silu(pre)
 """
 
 from __future__ import annotations

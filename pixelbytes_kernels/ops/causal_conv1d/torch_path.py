@@ -15,7 +15,14 @@ def forward(tensors: Sequence[Tensor | None], silu: bool, reverse: bool, final: 
     x, weight, bias, seq_idx, initial = tensors
     assert x is not None and weight is not None
     out, states = causal_conv1d_ref(
-        x, weight, bias, "silu" if silu else None, seq_idx=seq_idx, initial_states=initial, return_final_states=True, reverse=reverse
+        x,
+        weight,
+        bias,
+        "silu" if silu else None,
+        seq_idx=seq_idx,
+        initial_states=initial,
+        return_final_states=True,
+        reverse=reverse,
     )
     return out, states.clone() if final else x.new_empty(0)
 
@@ -30,11 +37,20 @@ def backward(
     dx: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     with autograd_inside_op():
-        leaves = [t if t is None or i == 3 else t.detach().requires_grad_(bool(needs[i])) for i, t in enumerate(tensors)]
+        leaves = [
+            t if t is None or i == 3 else t.detach().requires_grad_(bool(needs[i])) for i, t in enumerate(tensors)
+        ]
         x, weight, bias, seq_idx, initial = leaves
         assert x is not None and weight is not None
         outputs = causal_conv1d_ref(
-            x, weight, bias, "silu" if silu else None, seq_idx=seq_idx, initial_states=initial, return_final_states=True, reverse=reverse
+            x,
+            weight,
+            bias,
+            "silu" if silu else None,
+            seq_idx=seq_idx,
+            initial_states=initial,
+            return_final_states=True,
+            reverse=reverse,
         )
         wanted = [t for i, t in enumerate(leaves) if t is not None and i != 3 and needs[i]]
         pairs = [(o, g) for o, g in zip(outputs, (dout, dfinal), strict=True) if g is not None and o.requires_grad]

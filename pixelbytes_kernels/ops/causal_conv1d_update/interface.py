@@ -49,7 +49,9 @@ def causal_conv1d_update(
     width = weight.shape[1]
     require_shape(op, "conv_state", conv_state, batch=x.shape[0], dim=x.shape[1], state_len=-1)
     if conv_state.shape[2] < width - 1:
-        raise ValueError(f"{op}: conv_state must hold at least width - 1 = {width - 1} inputs, got {conv_state.shape[2]}")
+        raise ValueError(
+            f"{op}: conv_state must hold at least width - 1 = {width - 1} inputs, got {conv_state.shape[2]}"
+        )
     name = resolve(op, backend, x, IMPLEMENTED)
     if name in ("reference", "torch"):
         return causal_conv1d_update_ref(x, conv_state, weight, bias, "silu" if silu else None)

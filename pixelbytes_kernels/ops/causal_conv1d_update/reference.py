@@ -16,7 +16,7 @@ def causal_conv1d_update_ref(
     window = torch.cat([conv_state.to(steps.dtype), steps], dim=-1)
     conv_state.copy_(window[..., seqlen:])
     newest = window[..., window.shape[-1] - (width - 1 + seqlen) :]
-    out = sum(weight[:, k, None] * newest[..., k : k + seqlen] for k in range(width))
+    out = torch.stack([weight[:, k, None] * newest[..., k : k + seqlen] for k in range(width)]).sum(0)
     if bias is not None:
         out = out + bias[:, None]
     if activation is not None:

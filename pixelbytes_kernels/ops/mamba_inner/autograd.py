@@ -16,7 +16,15 @@ from ..causal_conv1d import autograd as conv
 from ..selective_scan import autograd as scan
 
 FIRST = ("conv_weight", "conv_bias", "x_proj", "dt_proj", "A", "B", "C", "D", "delta_bias", "B_bias", "C_bias")
-SECOND = ("conv_weight", "conv_bias", "x_proj", "dt_proj", "A", "D", "delta_bias")  # of the second direction, None: shared
+SECOND = (
+    "conv_weight",
+    "conv_bias",
+    "x_proj",
+    "dt_proj",
+    "A",
+    "D",
+    "delta_bias",
+)  # of the second direction, None: shared
 
 
 class InnerOptions(NamedTuple):
@@ -43,7 +51,9 @@ class Weights(NamedTuple):
     C_bias: Tensor | None
 
 
-def weights_of(first: tuple[Tensor | None, ...], second: tuple[Tensor | None, ...] | None, dtype: torch.dtype) -> list[Weights]:
+def weights_of(
+    first: tuple[Tensor | None, ...], second: tuple[Tensor | None, ...] | None, dtype: torch.dtype
+) -> list[Weights]:
     named = dict(zip(FIRST, first, strict=True))
     sides = [named]
     if second is not None:
@@ -90,12 +100,22 @@ def directions_of(weights: list[Weights], inputs: list[Inputs], reverse: bool) -
 
 class Inner(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, options: InnerOptions, seq_idx: Tensor | None, xz: Tensor, out_proj: Tensor, out_bias: Tensor | None, *rest: Any):
+    def forward(
+        ctx: Any,
+        options: InnerOptions,
+        seq_idx: Tensor | None,
+        xz: Tensor,
+        out_proj: Tensor,
+        out_bias: Tensor | None,
+        *rest: Any,
+    ):
         ctx.set_materialize_grads(False)
         with torch.autocast(xz.device.type, enabled=False):
             weights = weights_of(rest[:11], rest[11:] if options.bidirectional else None, xz.dtype)
             x, z = xz.chunk(2, dim=1)
-            inputs = [inputs_of(x, w, seq_idx, options.reverse != bool(k), options.backend) for k, w in enumerate(weights)]
+            inputs = [
+                inputs_of(x, w, seq_idx, options.reverse != bool(k), options.backend) for k, w in enumerate(weights)
+            ]
             directions = directions_of(weights, inputs, options.reverse)
             scan_options = scan.Options(options.delta_softplus, options.scale, xz.dtype)
             keep = any(ctx.needs_input_grad)
@@ -118,13 +138,15 @@ class Inner(torch.autograd.Function):
             first, second = tuple(rest[:11]), tuple(rest[11:]) if options.bidirectional else None
             weights = weights_of(first, second, xz.dtype)
             x, z = xz.chunk(2, dim=1)
-            inputs = [inputs_of(x, w, seq_idx, options.reverse != bool(k), options.backend) for k, w in enumerate(weights)]
+            inputs = [
+                inputs_of(x, w, seq_idx, options.reverse != bool(k), options.backend) for k, w in enumerate(weights)
+            ]
             directions = directions_of(weights, inputs, options.reverse)
             dxz = torch.empty_like(xz)
             dx, dz = dxz.chunk(2, dim=1)
             y = torch.empty_like(inputs[0].u)
             dy = (dout @ out_proj.to(dout.dtype)).transpose(1, 2)
-            needs = [t is not None for d in directions for t in d[: 8 if d is directions[0] else 7]]
+            needs = [t is not None for t in scan.tensors_of(directions)]
             scan_options = scan.Options(options.delta_softplus, options.scale, xz.dtype)
             grads, _, _ = scan.implementation(options.backend).backward(
                 directions, z, seq_idx, scan_options, states, dy, None, needs, True, dz, y
@@ -135,9 +157,10 @@ class Inner(torch.autograd.Function):
             sides = []
             for k, (w, i) in enumerate(zip(weights, inputs, strict=True)):
                 of_direction = grads[8 * k : 8 * k + 7]
-                sides.append(side_gradients(x, w, i, seq_idx, options, bool(k), of_direction, dx if k == 0 else None))
+                side = side_gradients(x, w, i, seq_idx, options, bool(k), of_direction, dx if k == 0 else None)
                 if k:
-                    dx += sides[k].pop("x")
+                    dx += side["x"]  # type: ignore
+                sides.append(side)
         merged = merge(sides, first, second)
         return None, None, dxz, dout_proj, dout_bias, *merged
 
@@ -166,7 +189,7 @@ def side_gradients(
         dC = dC[:, 0].transpose(1, 2)
         drows[..., drows.shape[-1] - dstate :] = dC
     flat = drows.reshape(-1, drows.shape[-1])
-    du_rows = du.transpose(1, 2) + drows @ w.x_proj
+    du_rows = torch.baddbmm(du.transpose(1, 2), drows, w.x_proj.expand(drows.shape[0], -1, -1))
     found: dict[str, Tensor | None] = {
         "x_proj": flat.T @ i.u.transpose(1, 2).reshape(-1, i.u.shape[1]),
         "dt_proj": ddelta_rows.reshape(-1, ddelta.shape[1]).T @ i.rows[..., :rank].reshape(-1, rank),
@@ -199,7 +222,7 @@ def merge(
     for name, tensor in zip(FIRST, first, strict=True):
         grad = sides[0][name]
         if len(sides) == 2 and own.get(name) is None and grad is not None:
-            grad = grad + sides[1][name]
+            grad = grad + sides[1][name]  # type: ignore
         merged.append(None if tensor is None or grad is None else like(tensor, grad))
     for name, tensor in own.items():
         grad = sides[1][name] if tensor is not None else None

@@ -65,7 +65,19 @@ def mamba_inner(
     Source: argument order of mamba_ssm's mamba_inner_fn; its idea of recomputing convolution and delta.
     """
     op = "mamba_inner"
-    weights = (conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, D, delta_bias, B_proj_bias, C_proj_bias)
+    weights = (
+        conv1d_weight,
+        conv1d_bias,
+        x_proj_weight,
+        delta_proj_weight,
+        A,
+        B,
+        C,
+        D,
+        delta_bias,
+        B_proj_bias,
+        C_proj_bias,
+    )
     check_inner(op, xz, out_proj_weight, out_proj_bias, weights, seq_idx)
     name = resolve(op, backend, xz, IMPLEMENTED)
     arguments = (xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, B, C, D,
@@ -77,9 +89,23 @@ def mamba_inner(
         x, z = xz.chunk(2, dim=1)
         convolve = partial(causal_conv1d, backend=name)
         u, delta, B, C = inner_inputs(
-            x, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias, reverse, seq_idx, convolve
+            x,
+            conv1d_weight,
+            conv1d_bias,
+            x_proj_weight,
+            delta_proj_weight,
+            A,
+            B,
+            C,
+            B_proj_bias,
+            C_proj_bias,
+            reverse,
+            seq_idx,
+            convolve,
         )
-        y = selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, seq_idx=seq_idx, reverse=reverse, backend=name)
+        y = selective_scan(
+            u, delta, A, B, C, D, z, delta_bias, delta_softplus, seq_idx=seq_idx, reverse=reverse, backend=name
+        )
         assert isinstance(y, Tensor)
         return F.linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)
     from .autograd import Inner, InnerOptions

@@ -35,7 +35,18 @@ def mamba_inner_ref(
     """Arguments, shapes and result as `mamba_inner`; plain torch, differentiable any number of times."""
     x, z = xz.chunk(2, dim=1)
     u, delta, B, C = inner_inputs(
-        x, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, A, B, C, B_proj_bias, C_proj_bias, reverse, seq_idx
+        x,
+        conv1d_weight,
+        conv1d_bias,
+        x_proj_weight,
+        delta_proj_weight,
+        A,
+        B,
+        C,
+        B_proj_bias,
+        C_proj_bias,
+        reverse,
+        seq_idx,
     )
     y = selective_scan_ref(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse=reverse, seq_idx=seq_idx)
     assert isinstance(y, Tensor)

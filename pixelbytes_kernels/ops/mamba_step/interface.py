@@ -57,10 +57,16 @@ class MambaStep:
         op = "mamba_step"
         if not layers:
             raise ValueError(f"{op}: needs at least one layer")
-        self.layers, self.eps = [MambaLayer(*(None if t is None else t.detach() for t in layer)) for layer in layers], eps
+        self.layers = [MambaLayer._make(None if t is None else t.detach() for t in layer) for layer in layers]
+        self.eps = eps
         first = layers[0]
         inner, dim = first.conv_weight.shape[0], first.in_proj.shape[1]
-        batch, dstate, width, rank = first.state.shape[0], first.A.shape[1], first.conv_weight.shape[1], first.dt_proj.shape[1]
+        batch, dstate, width, rank = (
+            first.state.shape[0],
+            first.A.shape[1],
+            first.conv_weight.shape[1],
+            first.dt_proj.shape[1],
+        )
         sizes: dict[str, dict[str, int]] = {
             "norm": {"dim": dim}, "in_proj": {"two_inner": 2 * inner, "dim": dim}, "in_proj_bias": {"two_inner": 2 * inner},
             "conv_weight": {"inner": inner, "width": width}, "conv_bias": {"inner": inner},

@@ -9,6 +9,7 @@ A backend is a module with `forward`, `backward` and `states_shape`; see `cpu.py
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,16 @@ class Direction(NamedTuple):
     delta_bias: Tensor | None
     initial_state: Tensor | None = None
     reverse: bool = False
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """In the order of FIRST."""
+        return (self.u, self.delta, self.A, self.B, self.C, self.D, self.delta_bias, self.initial_state)
+
+
+def tensors_of(directions: Sequence[Direction]) -> list[Tensor | None]:
+    """Every tensor that can have a gradient: 8 of the first direction, 7 of the second."""
+    return [t for i, d in enumerate(directions) for t in d.tensors[: 8 if i == 0 else 7]]
 
 
 class Options(NamedTuple):
@@ -52,8 +63,10 @@ def compute_dtype(u: Tensor) -> torch.dtype:
 
 
 def directions_of(tensors: tuple[Tensor | None, ...], bidirectional: bool, reverse: bool) -> tuple[Direction, ...]:
-    first = Direction(*tensors[:8], reverse=reverse)
-    return (first, Direction(*tensors[8:15], reverse=not reverse)) if bidirectional else (first,)
+    first = Direction(*tensors[:8], reverse=reverse)  # type: ignore
+    if not bidirectional:
+        return (first,)
+    return first, Direction(*tensors[8:15], reverse=not reverse)  # type: ignore
 
 
 def scan(
@@ -121,7 +134,9 @@ class Scan(torch.autograd.Function):
             dout = torch.zeros_like(tensors[0], dtype=options.out_dtype)
         directions = directions_of(tuple(tensors), bidirectional, reverse)
         needs = ctx.needs_input_grad[6:], ctx.needs_input_grad[5]
-        grads, dz, _ = implementation(backend).backward(directions, z, seq_idx, options, states, dout, dlast_state, *needs)
+        grads, dz, _ = implementation(backend).backward(
+            directions, z, seq_idx, options, states, dout, dlast_state, *needs
+        )
         return (None, None, None, None, None, dz, *grads)
 
 
@@ -129,7 +144,10 @@ class Scan(torch.autograd.Function):
 
 _library = torch.library.Library("pixelbytes", "FRAGMENT")
 _ARGUMENTS = {
-    "selective_scan": ((*FIRST, "z", "seq_idx"), "bool delta_softplus, bool reverse, ScalarType out_dtype, str backend"),
+    "selective_scan": (
+        (*FIRST, "z", "seq_idx"),
+        "bool delta_softplus, bool reverse, ScalarType out_dtype, str backend",
+    ),
     "bidirectional_selective_scan": (
         (*FIRST[:7], *SECOND, "z", "seq_idx"),
         "bool delta_softplus, float scale, ScalarType out_dtype, str backend",
@@ -207,7 +225,10 @@ def _register(op: str) -> None:
         dlast_state = None if bidirectional else grads[1]
         call = getattr(torch.ops.pixelbytes, f"{op}_backward")
         found = call(*tensors, states, grads[0], dlast_state, needs, *ctx.rest)
-        return (*(g if need else None for g, need in zip([*found, None], needs, strict=True)), *(None for _ in ctx.rest))
+        return (
+            *(g if need else None for g, need in zip([*found, None], needs, strict=True)),
+            *(None for _ in ctx.rest),
+        )
 
     def refuse(ctx: Any, *_: Any) -> None:
         raise RuntimeError(f"{op}: second derivatives are not implemented; use backend='reference' for them")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._backend import load_extension
-from .autograd import Direction, Options, compute_dtype, states_size
+from .autograd import Direction, Options, compute_dtype, states_size, tensors_of
 
 
 def states_shape(batch: int, groups: int, dim: int, seqlen: int, dstate: int, dtype: torch.dtype) -> tuple[int, ...]:
@@ -37,7 +37,7 @@ def forward(
         last_state = last_state.zero_() if first.initial_state is None else last_state.copy_(first.initial_state)
         return out.zero_(), last_state, states
     packed = [
-        (d.reverse, *d[:8], last_state if i == 0 else None, states[i] if keep else None)
+        (d.reverse, *d.tensors, last_state if i == 0 else None, states[i] if keep else None)
         for i, d in enumerate(with_own_delta(directions))
     ]
     cpu.scan_forward(
@@ -72,25 +72,21 @@ def backward(
     packed = []
     batch, dim, seqlen = u.shape
     for i, d in enumerate(with_own_delta(directions)):
-        tensors = d[: 8 if i == 0 else 7]
+        tensors = d.tensors[: 8 if i == 0 else 7]
         # A delta lent to the second direction has its gradient wanted with the first one's.
-        need = [needs[1] if i and k == 1 and directions[1].delta is None else n for k, n in enumerate(needs[len(grads) :])]
+        lent = i == 1 and directions[1].delta is None
+        need = [needs[1] if lent and k == 1 else n for k, n in enumerate(needs[len(grads) :])]
         wanted = [t if n else None for t, n in zip(tensors, need, strict=False)]
         du, ddelta, dA, dB, dC, dD, dbias = (
-            None
-            if t is None
-            else torch.empty_like(t)
-            if k < 2
-            else t.new_empty(gradient_shape(t), dtype=dtype)
+            None if t is None else torch.empty_like(t) if k < 2 else t.new_empty(gradient_shape(t), dtype=dtype)
             for k, t in enumerate(wanted[:7])
         )
         dinitial = None if i or wanted[7] is None else u.new_empty(wanted[7].shape, dtype=dtype)
         results = (du, ddelta, dA, dB, dC, dD, dbias, dinitial)
-        packed.append((d.reverse, *d[:8], None, states[i] if u.numel() else None, dlast_state if i == 0 else None, *results))
-        for t, result in zip(tensors, results, strict=False):
-            if result is not None and result.ndim == 4:
-                result = result.transpose(-1, -2)
-            grads.append(result if result is None or t is None else result)
+        kept = states[i] if u.numel() else None
+        packed.append((d.reverse, *d.tensors, None, kept, dlast_state if i == 0 else None, *results))
+        for _, result in zip(tensors, results, strict=False):
+            grads.append(result.transpose(-1, -2) if result is not None and result.ndim == 4 else result)
     if dz is None and needs_z and z is not None:
         dz = torch.empty_like(z)
     if u.numel() == 0:
@@ -101,11 +97,20 @@ def backward(
             grads[7].copy_(dlast_state)
     else:
         cpu.scan_backward(
-            packed, z, seq_idx, options.scale, options.delta_softplus, dtype == torch.float64, torch.get_num_threads(), dout, dz, out
+            packed,
+            z,
+            seq_idx,
+            options.scale,
+            options.delta_softplus,
+            dtype == torch.float64,
+            torch.get_num_threads(),
+            dout,
+            dz,
+            out,
         )
-    flat = [t for i, d in enumerate(directions) for t in d[: 8 if i == 0 else 7]]
-    if len(grads) > 8 and flat[9] is None and grads[9] is not None:  # see with_own_delta
-        grads[1], grads[9] = grads[9] + grads[1], None
+    flat = tensors_of(directions)
+    if len(grads) > 8 and flat[9] is None and grads[1] is not None and grads[9] is not None:  # see with_own_delta
+        grads[1], grads[9] = grads[1] + grads[9], None
     return [g if g is None or t is None else g.to(t.dtype) for g, t in zip(grads, flat, strict=True)], dz, out
 
 

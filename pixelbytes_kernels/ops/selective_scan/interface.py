@@ -77,7 +77,15 @@ def selective_scan(
     from .autograd import scan
 
     out, last_state = scan(
-        name, (u, delta, A, B, C, D, delta_bias, initial_state), None, z, seq_idx, delta_softplus, 1.0, reverse, out_dtype
+        name,
+        (u, delta, A, B, C, D, delta_bias, initial_state),
+        None,
+        z,
+        seq_idx,
+        delta_softplus,
+        1.0,
+        reverse,
+        out_dtype,
     )
     return (out, last_state) if return_last_state else out
 
@@ -127,7 +135,9 @@ def check_scan(
             if groups[-1] < 1 or dim % groups[-1]:
                 raise ValueError(f"{op}: {name} has {groups[-1]} groups, which do not divide dim={dim}")
     if len(set(groups)) > 1:
-        raise ValueError(f"{op}: B{suffix} and C{suffix} must have the same number of groups, got {groups[0]} and {groups[1]}")
+        raise ValueError(
+            f"{op}: B{suffix} and C{suffix} must have the same number of groups, got {groups[0]} and {groups[1]}"
+        )
     for name, channel in named(D=D, delta_bias=delta_bias).items():
         require_shape(op, name, channel, dim=dim)
     require_shape(op, "initial_state", initial_state, batch=batch, dim=dim, dstate=dstate)

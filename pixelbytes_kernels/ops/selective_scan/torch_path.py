@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..._autograd import autograd_inside_op
-from .autograd import Direction, Options, compute_dtype, states_size
+from .autograd import Direction, Options, compute_dtype, states_size, tensors_of
 from .reference import selective_scan_ref
 
 CHUNK = 64
@@ -24,8 +24,11 @@ def states_shape(batch: int, groups: int, dim: int, seqlen: int, dstate: int, dt
 def complete(directions: tuple[Direction, ...]) -> list[Direction]:
     """The second direction with the first's tensors where it shares them."""
     first = directions[0]
-    shared = [Direction(*(s if t is None else t for t, s in zip(d[:7], first[:7], strict=True)), None, d.reverse) for d in directions[1:]]
-    return [first, *shared]
+    whole = [first]
+    for d in directions[1:]:
+        tensors = [s if t is None else t for t, s in zip(d.tensors[:7], first.tensors[:7], strict=True)]
+        whole.append(Direction(*tensors, reverse=d.reverse))  # type: ignore
+    return whole
 
 
 def chunk_spans(direction: Direction, seqlen: int) -> list[tuple[int, int, int]]:
@@ -35,7 +38,13 @@ def chunk_spans(direction: Direction, seqlen: int) -> list[tuple[int, int, int]]
 
 
 def chunk_scan(
-    tensors: Sequence[Tensor | None], state: Tensor, seq_idx: Tensor | None, delta_softplus: bool, direction: Direction, start: int, stop: int
+    tensors: Sequence[Tensor | None],
+    state: Tensor,
+    seq_idx: Tensor | None,
+    delta_softplus: bool,
+    direction: Direction,
+    start: int,
+    stop: int,
 ) -> tuple[Tensor, Tensor]:
     """One chunk of one direction, without gate: `tensors` are the chunk's u ... delta_bias."""
     u, delta, A, B, C, D, delta_bias = tensors
@@ -50,13 +59,25 @@ def chunk_scan(
             state = torch.where(same[:, None, None], state, 0)
         seq_idx = seq_idx[:, start:stop]
     return selective_scan_ref(
-        u, delta, A, B, C, D, None, delta_bias, delta_softplus, True, initial_state=state, seq_idx=seq_idx, reverse=direction.reverse
+        u,
+        delta,
+        A,
+        B,
+        C,
+        D,
+        None,
+        delta_bias,
+        delta_softplus,
+        True,
+        initial_state=state,
+        seq_idx=seq_idx,
+        reverse=direction.reverse,
     )  # type: ignore[return-value]
 
 
 def cut(direction: Direction, start: int, stop: int) -> list[Tensor | None]:
     """The tensors of a direction as one chunk sees them."""
-    return [t if t is None or t.ndim <= 2 else t[..., start:stop] for t in direction[:7]]
+    return [t if t is None or t.ndim <= 2 else t[..., start:stop] for t in direction.tensors[:7]]
 
 
 def forward(
@@ -75,7 +96,9 @@ def forward(
         for chunk, start, stop in chunk_spans(direction, u.shape[2]):
             if keep:
                 states[i, chunk] = state
-            out, state = chunk_scan(cut(direction, start, stop), state, seq_idx, options.delta_softplus, direction, start, stop)
+            out, state = chunk_scan(
+                cut(direction, start, stop), state, seq_idx, options.delta_softplus, direction, start, stop
+            )
             y[..., start:stop] += out
         last_state = state.clone() if i == 0 else last_state
     assert last_state is not None
@@ -109,9 +132,7 @@ def backward(
     if z is not None:
         dy = dy * torch.nn.functional.silu(z.to(dtype))
     y = torch.zeros_like(dy) if z is not None else None
-    grads: list[Tensor | None] = []
-    for i, d in enumerate(directions):
-        grads += [None if t is None else torch.zeros_like(t, dtype=dtype) for t in d[: 8 if i == 0 else 7]]
+    grads = [None if t is None else torch.zeros_like(t, dtype=dtype) for t in tensors_of(directions)]
     for i, direction in enumerate(whole):
         dstate = torch.zeros_like(states[i, 0]) if states[i].shape[0] else states.new_zeros(())
         if i == 0 and dlast_state is not None:
@@ -130,7 +151,7 @@ def backward(
                 if piece is None:
                     continue
                 grad = next(piece_grads)
-                target = grads[8 * i + k] if directions[i][k] is not None else grads[k]
+                target = grads[8 * i + k] if directions[i].tensors[k] is not None else grads[k]
                 if grad is not None and target is not None:
                     (target if target.ndim <= 2 else target[..., start:stop]).add_(grad)
             last_grad = next(piece_grads)
@@ -144,6 +165,8 @@ def backward(
         dz = grad if dz is None else dz.copy_(grad)
     if out is not None and y is not None:
         out.copy_(gate(y, z, options))
-    flat = [t for i, d in enumerate(directions) for t in d[: 8 if i == 0 else 7]]
-    result = [g.to(t.dtype) if need and g is not None and t is not None else None for g, t, need in zip(grads, flat, needs, strict=True)]
+    result = [
+        g.to(t.dtype) if need and g is not None and t is not None else None
+        for g, t, need in zip(grads, tensors_of(directions), needs, strict=True)
+    ]
     return result, dz, out

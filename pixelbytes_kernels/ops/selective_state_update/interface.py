@@ -68,7 +68,9 @@ def selective_state_update(
             require_shape(op, name, coefficient, batch=batch, groups=-1, dstate=dstate)
         groups.add(1 if coefficient.ndim == 2 else coefficient.shape[1])
     if len(groups) > 1 or 0 in groups or dim % max(groups):
-        raise ValueError(f"{op}: B and C must have the same number of groups, one that divides dim={dim}, got {sorted(groups)}")
+        raise ValueError(
+            f"{op}: B and C must have the same number of groups, one that divides dim={dim}, got {sorted(groups)}"
+        )
     chosen = resolve(op, backend, x, IMPLEMENTED)
     if chosen in ("reference", "torch"):
         return selective_state_update_ref(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
