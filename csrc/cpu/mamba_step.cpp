@@ -24,6 +24,7 @@ struct Layer {
   Packed in_x, in_z, x_proj, dt_proj, out_proj;  // in_proj is split, so that each part starts at a panel
   float *taps = nullptr, *conv_bias = nullptr;   // (width, inner), (inner)
   float *A = nullptr, *D = nullptr;              // A log2(e) (inner, dstate padded to lanes), (inner)
+  float steepest = 0;                            // largest |A| log2(e)
   Tensor conv_state, state;                      // (batch, width - 1, inner), (batch, inner, dstate), contiguous
 };
 
@@ -111,11 +112,11 @@ void convolve(const Plan& p, const Layer& l, int64_t row, float* u) {
 
 // Scan step of one row, gated. Lanes are the states of one channel, as they lie in memory; the sums over them of a tile of channels are
 // taken together.
-void scan_step(const Plan& p, const Layer& l, int64_t row, const float* u, const float* z, float* delta, const float* B, float* y) {
+template <bool kSafe>
+void scan_step(const Plan& p, const Layer& l, int64_t row, const float* u, const float* z, const float* delta, const float* B, float* y) {
   const float* C = B + p.dstate;
   float* states = reinterpret_cast<float*>(l.state.data) + row * p.inner * p.dstate;
   const int64_t rows = padded(p.dstate);
-  for (int64_t c = 0; c < p.inner; c += W) store(delta + c, softplus(load(delta + c)));
   for (int64_t c = 0; c < p.inner; c += W) {
     const int64_t count = p.inner - c < W ? p.inner - c : W;
     vf sums[W] = {};
@@ -125,13 +126,26 @@ void scan_step(const Plan& p, const Layer& l, int64_t row, const float* u, const
       for (int64_t i = 0; i < count; ++i) {
         float* state = states + (c + i) * p.dstate + n;
         const vf d = splat(delta[c + i]);
-        const vf h = exp2_product<false>(d, load(l.A + (c + i) * rows + n)) * load_part<float>(state, part) + b * (d * u[c + i]);
+        const vf h = exp2_product<kSafe>(d, load(l.A + (c + i) * rows + n)) * load_part<float>(state, part) + b * (d * u[c + i]);
         store_part<float>(state, part, h);
         sums[i] += h * out;
       }
     }
     store(y + c, (sum_lanes<float>(sums) + load(l.D + c) * load(u + c)) * silu(load(z + c)));
   }
+}
+
+// delta after softplus; whether the short form of exp2 is exact for all of the layer's decays.
+bool begin_delta(const Plan& p, const Layer& l, float* delta) {
+  Mask<float> good = ~Mask<float>{};
+  for (int64_t c = 0; c < p.inner; c += W) {
+    const vf d = softplus(load(delta + c));
+    store(delta + c, d);
+    good &= d * l.steepest < kExp2High;  // false for NaN
+  }
+  for (int i = 0; i < W; ++i)
+    if (!good[i]) return false;
+  return true;
 }
 
 void run_row(const Plan& p, int64_t row, float* x, Scratch& scratch) {
@@ -153,7 +167,8 @@ void run_row(const Plan& p, int64_t row, float* x, Scratch& scratch) {
     convolve(p, l, row, u);
     multiply(l.x_proj, u, projected);
     multiply(l.dt_proj, projected, delta);
-    scan_step(p, l, row, u, z, delta, projected + p.rank, y);
+    if (begin_delta(p, l, delta)) scan_step<true>(p, l, row, u, z, delta, projected + p.rank, y);
+    else scan_step<false>(p, l, row, u, z, delta, projected + p.rank, y);
     multiply(l.out_proj, y, out);
     for (int64_t k = 0; k < p.dim; ++k) x[k] += out[k];
   }
@@ -198,8 +213,11 @@ void* step_create(const StepLayer* layers, int64_t count, double eps) {
     l.D = pack_vector(next, s.D, p->inner);
     l.A = take(next, inner * padded(p->dstate));
     for (int64_t c = 0; c < p->inner; ++c)
-      for (int64_t n = 0; n < p->dstate; ++n)
-        l.A[c * padded(p->dstate) + n] = load_element<float>(s.A.at(c, n), s.A.dtype) * kLog2e;
+      for (int64_t n = 0; n < p->dstate; ++n) {
+        const float a = load_element<float>(s.A.at(c, n), s.A.dtype) * kLog2e;
+        l.A[c * padded(p->dstate) + n] = a;
+        if (!(__builtin_fabsf(a) <= l.steepest)) l.steepest = __builtin_fabsf(a);
+      }
     l.conv_state = s.conv_state;
     l.state = s.state;
   }
