@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     if args.device == "cuda":
         return refuse(f"the GPU cannot be measured: {reason if not usable else 'no operation here has a CUDA kernel'}")
     torch.set_num_threads(args.threads)
-    setup = Setup(quick=args.quick, threads=args.threads, report=progress)
+    setup = Setup(quick=args.quick, threads=args.threads, least=2 if args.quick else 3, report=progress)
     start = time.monotonic()
     about = environment()
     print("\n".join(f"{name:<8} {value}" for name, value in about.items()))

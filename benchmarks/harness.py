@@ -116,15 +116,17 @@ def spread(samples: Sequence[float]) -> Spread:
 def alternate(runs: Mapping[str, Run], budget: float, least: int = 3, most: int = 25) -> dict[str, dict[str, Spread]]:
     """Seconds by contestant and part. Every round runs each contestant, beginning with another one each time.
 
-    The first run of each is thrown away (it compiles and fills caches). A contestant that takes little time is run up
-    to five times a round, so that a median of few rounds rests on more samples.
+    The first one or two runs of each are thrown away (they compile and fill caches). A contestant that takes little
+    time is run up to five times a round, so that a median of few rounds rests on more samples.
     """
     own: dict[str, float] = {}
     for name, run in runs.items():
-        run()
-        start = time.perf_counter()
-        run()
-        own[name] = time.perf_counter() - start
+        for _ in range(2):  # a first run of some seconds tells enough by itself
+            start = time.perf_counter()
+            run()
+            own[name] = time.perf_counter() - start
+            if 2 < own[name] < 20:  # seconds; longer ones may have been compiling
+                break
     repeats = {name: max(1, min(5, int(0.05 / max(taken, 1e-9)))) for name, taken in own.items()}
     per_round = sum(repeats[name] * own[name] for name in runs)
     rounds = max(least, min(most, int(budget / max(per_round, 1e-9))))
