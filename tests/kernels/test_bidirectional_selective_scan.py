@@ -1,4 +1,4 @@
-"""bidirectional_selective_scan: the oracle, what it shares between directions, identities, determinism, memory, errors."""
+"""bidirectional_selective_scan: the oracle, what directions may share, identities, determinism, memory, errors."""
 
 from __future__ import annotations
 

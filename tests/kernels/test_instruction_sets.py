@@ -1,0 +1,62 @@
+"""The compact subset of the kernel tests in processes of their own: under every instruction set, with memory filled by
+malloc, and under AddressSanitizer and UndefinedBehaviorSanitizer."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from kernel_forms import needs_cpu
+
+from pixelbytes_kernels._backend import load_extension
+
+ROOT = Path(__file__).resolve().parents[2]
+SUBSET = Path(__file__).with_name("compact_subset.py")
+pytestmark = needs_cpu
+
+
+def run_subset(**variables):
+    env = {**os.environ, "OMP_NUM_THREADS": "2", **variables}
+    return subprocess.run([sys.executable, str(SUBSET)], env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "v3", "v4"])
+def test_instruction_set(isa):
+    done = run_subset(PIXELBYTES_CPU_ISA=isa)
+    if "has no such instruction set" in done.stderr:
+        pytest.skip(f"this build or processor has no {isa}")
+    assert done.returncode == 0, done.stderr
+    assert f"instruction set {isa}" in done.stderr
+    assert len(done.stdout.splitlines()) > 25
+
+
+def test_best_instruction_set_is_the_default():
+    """The one in use here is the last that a process can be forced to."""
+    cpu, _ = load_extension("_cpu")
+    code = (
+        "from pixelbytes_kernels._backend import load_extension as l; print(l('_cpu')[0].isa if l('_cpu')[0] else '')"
+    )
+    can_run = []
+    for isa in ("baseline", "v3", "v4"):
+        env = {**os.environ, "PIXELBYTES_CPU_ISA": isa}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        can_run += [isa] * (done.stdout.strip() == isa)
+    assert can_run[0] == "baseline"
+    assert cpu.isa == os.environ.get("PIXELBYTES_CPU_ISA", can_run[-1])
+
+
+def test_uninitialised_memory_is_never_seen():
+    """The same bits whatever malloc hands out, scratch of the kernels included: glibc fills it with 0xfe or 0x01."""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("MALLOC_PERTURB_ is a feature of glibc")
+    outputs = []
+    for perturb in ("1", "254"):
+        done = run_subset(MALLOC_PERTURB_=perturb, MALLOC_MMAP_THRESHOLD_=str(1 << 30))
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout)
+    assert outputs[0] == outputs[1]
+    assert len(outputs[0].splitlines()) > 25
