@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from ..._backend import resolve
 from ..._check import require_device, require_floats, require_ints, require_shape
 from .reference import selective_scan_ref
-
-if TYPE_CHECKING:
-    pass
 
 IMPLEMENTED = ("reference", "torch", "cpu")
 MAX_DSTATE = 256
