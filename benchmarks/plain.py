@@ -20,7 +20,7 @@ from pixelbytes.models import BysMamba
 from pixelbytes.modules import BiMamba, Mamba, PxByEmbed
 from pixelbytes_kernels import MambaLayer, pxby_embed_ref
 
-CHUNK = 16  # steps of one compiled chunk: longer ones take the compiler minutes and gain nothing
+LONGEST_CHUNK = 32
 
 
 # ---- the parallel scan -----------------------------------------------------------------------------------------------
@@ -97,8 +97,13 @@ def parallel_states(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -
 # ---- the chunked scan ------------------------------------------------------------------------------------------------
 
 
+def chunk_steps(rows: int) -> int:
+    """Steps of one compiled chunk for `rows` = batch x dim: with few rows the calls count, with many the cache."""
+    return LONGEST_CHUNK if rows <= 1024 else 16
+
+
 def _chunk(state: Tensor, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """CHUNK steps: state (batch, dim, dstate), the rest as `parallel_states`."""
+    """A few steps: state (batch, dim, dstate), the rest as `parallel_states`."""
     x = delta * u
     y = []
     for t in range(u.shape[1]):
@@ -111,11 +116,12 @@ def chunked_states(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk: Callable[..., tuple[Tensor, Tensor]] = _chunk
 ) -> Tensor:
     seqlen = u.shape[1]
-    rest = -seqlen % CHUNK  # a delta of zero leaves the state as it is
+    steps = chunk_steps(u.shape[0] * u.shape[2])
+    rest = -seqlen % steps  # a delta of zero leaves the state as it is
     u, delta, B, C = (F.pad(t, (0, 0, 0, rest)) if rest else t for t in (u, delta, B, C))
     state = u.new_zeros(u.shape[0], u.shape[2], A.shape[1])
     y = []
-    for pieces in zip(*(t.split(CHUNK, dim=1) for t in (u, delta, B, C)), strict=True):
+    for pieces in zip(*(t.split(steps, dim=1) for t in (u, delta, B, C)), strict=True):
         state, part = chunk(state, pieces[0], pieces[1], A, pieces[2], pieces[3])
         y.append(part)
     return torch.cat(y, dim=1)[:, :seqlen]

@@ -121,7 +121,7 @@ def gate(name: str, chosen: list[str], sizes: Mapping[str, int], limit: int) -> 
     """Those of `chosen` that may not be timed, and why. Long rows are cut: the oracle's time grows, the kernels' paths
     stay.
     """
-    fits = max(2 * plain.CHUNK, limit * sizes["seqlen"] // updates(sizes))
+    fits = max(2 * plain.LONGEST_CHUNK, limit * sizes["seqlen"] // updates(sizes))
     inputs = scan_case({**sizes, "seqlen": min(sizes["seqlen"], fits)})
     found = {c: refusal(contestants(name)[c], OPS[name][1], inputs) for c in chosen if c != "reference"}
     return {c: why for c, why in found.items() if why}
@@ -188,11 +188,14 @@ def pipe_share(setup: Setup, name: str) -> Iterator[Row]:
             rates.append(after)
         for part, shares in samples.items():
             s = spread(shares)
-            note = f"{part}: {needed[part]} instructions a state update ({_cpu.isa})"
+            roof = statistics.median(rates) / 1e9
+            note = (
+                f"{words(sizes)}, {part}: {needed[part]} instructions a state update ({_cpu.isa}), roof {roof:.1f} G/s"
+            )
             what = f"share of the multiply-add pipe, {part}"
             yield Row(
                 name, what, words(sizes), "float32", OURS, s.median, "%", s.low, s.high, goal=PIPE_GOALS[part],
-                gflops=2e-9 * statistics.median(rates), note=note,
+                gflops=2 * roof * s.median / 100, note=note,
             )  # fmt: skip
 
 
