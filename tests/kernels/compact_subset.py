@@ -88,6 +88,6 @@ def embedding():
 if __name__ == "__main__":
     usable, reason = pk.available_backends()["cpu"]
     assert usable, reason
-    print("running on:", reason, file=sys.stderr)
+    print("running on:", reason, "from", pk.__file__, file=sys.stderr)
     for part in (scans, convolutions, decoding, mixers, embedding):
         part()

@@ -60,3 +60,48 @@ def test_uninitialised_memory_is_never_seen():
         outputs.append(done.stdout)
     assert outputs[0] == outputs[1]
     assert len(outputs[0].splitlines()) > 25
+
+
+# Without optimisation: with it, the sanitizers take the compiler minutes for one kernel.
+SANITIZE = "-fsanitize=address,undefined -fno-sanitize-recover=all -g1 -O0"
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory):
+    """A copy of the package whose `_cpu` is built with sanitizers, and their runtime library."""
+    if platform.system() != "Linux" or not (ROOT / "csrc").is_dir():
+        pytest.skip("needs Linux and the sources")
+    pytest.importorskip("pybind11", reason="the build needs pybind11")
+    cxx = shutil.which("g++")
+    if cxx is None:
+        pytest.skip("needs g++")
+    runtime = subprocess.run([cxx, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout
+    if not Path(runtime.strip()).is_absolute():
+        pytest.skip("this g++ has no libasan")
+    tree = tmp_path_factory.mktemp("sanitized")
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree)
+    for name in ("build_tools", "csrc", "pixelbytes_kernels"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    env = {**os.environ, "CXX": cxx, "PIXELBYTES_CPU": "1", "PIXELBYTES_CUDA": "0", "PIXELBYTES_CPU_FLAGS": SANITIZE}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return tree, runtime.strip()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ["baseline", "v3", "v4"])
+def test_sanitizers(sanitized, isa):
+    tree, runtime = sanitized
+    done = run_subset(
+        PIXELBYTES_CPU_ISA=isa,
+        PYTHONPATH=str(tree),
+        LD_PRELOAD=runtime,
+        ASAN_OPTIONS="detect_leaks=0",  # CPython keeps what it interned
+    )
+    if "has no such instruction set" in done.stderr:
+        pytest.skip(f"this build or processor has no {isa}")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert f"instruction set {isa} from {tree}" in done.stderr
+    assert len(done.stdout.splitlines()) > 25

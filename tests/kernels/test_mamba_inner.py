@@ -45,8 +45,8 @@ def with_seq_idx(inputs):
 @pytest.mark.parametrize(("dim", "seqlen", "dstate", "rank"), SIZES)
 def test_mamba_inner(backend, reverse, dtype, dim, seqlen, dstate, rank):
     # The plain loop needs one dtype throughout; the kernel's wider sums are held to its error.
-    inputs = inner_inputs(3, dim, seqlen, dstate, rank, dtype=dtype)
-    inputs = {k: v.to(dtype) for k, v in inputs.items()}
+    draws = [inner_inputs(2, dim, seqlen, dstate, rank, dtype=dtype, seed=seed) for seed in range(3)]
+    inputs = [{k: v.to(dtype) for k, v in draw.items()} for draw in draws]
     assert_matches(mamba_inner, mamba_inner_ref, inputs, options={"backend": backend}, reverse=reverse)
 
 
@@ -76,11 +76,12 @@ def test_any_weight_may_be_shared(backend, name):
 )
 @pytest.mark.parametrize("softplus", [False, True])
 def test_optional_arguments(backend, op, absent, softplus):
-    inputs = inner_inputs(2, 17, 20, 5)
-    if not softplus:  # positive steps, or states grow
-        inputs["delta_proj_weight"] *= 0.01
-        inputs["delta_bias"] = inputs["delta_bias"].abs() + 0.1
-    inputs |= dict.fromkeys(absent)
+    inputs = [inner_inputs(2, 17, 20, 5, seed=seed) for seed in range(3)]
+    for draw in inputs:
+        if not softplus:  # positive steps, or states grow
+            draw["delta_proj_weight"] *= 0.01
+            draw["delta_bias"] = draw["delta_bias"].abs() + 0.1
+        draw |= dict.fromkeys(absent)
     assert_matches(*op, inputs, options={"backend": backend}, delta_softplus=softplus)
 
 
