@@ -307,9 +307,8 @@ NAMES = ["u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state"]
 @both_directions
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=["nan", "inf", "-inf"])
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("softplus", [False, True])
-def test_nonfinite_inputs(backend, reverse, bad, name, softplus):
-    inputs = scan_inputs(2, 17, 37, 5, initial_state=True, delta_softplus=softplus)
+def test_nonfinite_inputs(backend, reverse, bad, name):
+    inputs = scan_inputs(2, 17, 37, 5, initial_state=True, delta_softplus=not reverse)
     flat = inputs[name].view(-1)
     flat[flat.numel() // 2] = bad
     flat[-1] = bad  # the last channel stands alone in its vector
