@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 WARM_UP_STEPS = 100
@@ -36,6 +37,17 @@ def shuffled(n: int, seed: int, epoch: int) -> list[int]:
     """Indices 0..n-1 in the order of one epoch: a function of its arguments only, so that a resumed run repeats it."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return torch.randperm(n, generator=generator).tolist()
+
+
+def trimmed(x: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """A batch with a target for each position, cut behind the last one: rows are padded to their window, and a causal model
+    need not read past its last target. The loss is the same.
+    """
+    if target.ndim < 2:
+        return x, target
+    wanted = (target != -100).any(dim=0).nonzero()
+    length = int(wanted[-1]) + 1 if len(wanted) else 1
+    return x[:, :length], target[:, :length]
 
 
 def hold_out(dataset: Dataset[Any], fraction: float, seed: int) -> tuple[Subset[Any], Subset[Any]]:

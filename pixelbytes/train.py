@@ -17,7 +17,15 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from pixelbytes._files import make_folder, write_bytes, write_json, write_text
-from pixelbytes._training import SCHEDULES, Interrupt, ctrl_c_between_steps, hold_out, learning_rate_share, shuffled
+from pixelbytes._training import (
+    SCHEDULES,
+    Interrupt,
+    ctrl_c_between_steps,
+    hold_out,
+    learning_rate_share,
+    shuffled,
+    trimmed,
+)
 from pixelbytes.models.common import IGNORE, SequenceModel, load_weights
 
 __all__ = ["Trainer"]
@@ -130,9 +138,11 @@ class Trainer:
         self._face = run_dir is None  # the notebook's folder, with its metadata.json and final CSV
         self.save_dir = make_folder(run_dir or Path(save_dir) / f"{model_name}_{dataset_name}")
         self.model = model.to(self.device)
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay)
+        fused = self.device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=fused)
         self.amp_dtype = AMP_TYPES[amp]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
+        self._compiled = compile_model
         self._loss: Callable[[Tensor, Tensor], tuple[Tensor, int]] = model.loss
         if compile_model:
             self._say("Compiling model...")
@@ -246,6 +256,8 @@ class Trainer:
         self.save_training_progress()
 
     def _train_step(self, x: Tensor, target: Tensor) -> tuple[float, int]:
+        if not self._compiled:  # every new length would be compiled anew
+            x, target = trimmed(x, target)
         x, target = x.to(self.device, non_blocking=True), target.to(self.device, non_blocking=True)
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
@@ -277,6 +289,8 @@ class Trainer:
         correct = count = 0
         total = 0.0
         for x, target in loader:
+            if not self._compiled:
+                x, target = trimmed(x, target)
             with self._autocast():
                 logits, wanted = self.model.logits_for(x.to(self.device), target.to(self.device))
             kept = wanted != IGNORE

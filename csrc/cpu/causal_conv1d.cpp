@@ -3,7 +3,8 @@
 //   pre[s] = bias + sum_j tap[j] x[s - j],  out = silu(pre),  tap[j] = weight[width - 1 - j]
 //
 // s counts steps in the direction of the convolution: s = t, or seqlen - 1 - t in the anti-causal form. A task owns one batch row and a
-// block of channel tiles; time goes by in windows with a halo of width - 1 steps on both sides. Nothing but x is kept for the backward.
+// block of channels. Channels-last tensors go through tiles, lanes being channels; where time is contiguous lanes are steps. Both take
+// windows of time with a halo of width - 1 steps on both sides. Nothing but x is kept for the backward.
 #include "cpu/kernels.h"
 #include "cpu/partial_sum.h"
 #include "cpu/tile.h"
@@ -134,6 +135,21 @@ void convolve(const ConvTask<T>& k, int64_t tile, int64_t r, int64_t rows, T* ou
   else convolve_rows<T, 2>(at, out, rows, k.step(), tap, bias);
 }
 
+// The last inputs in scan order, initial states where the row is shorter.
+template <class T>
+void store_final_states(const ConvArgs& a, int64_t batch, int64_t first, int64_t channels) {
+  const int64_t width = a.weight.size[1], seqlen = a.x.size[2];
+  for (int64_t i = 0; a.final_states && i < width - 1; ++i) {
+    const int64_t s = seqlen - (width - 1) + i, t = a.reverse ? seqlen - 1 - s : s;
+    for (int64_t c = first; c < first + channels; ++c) {
+      T v = 0;
+      if (s >= 0) v = load_element<T>(a.x.at(batch, c, t), a.x.dtype);
+      else if (a.initial_states) v = load_element<T>(a.initial_states.at(batch, c, width - 1 + s), a.initial_states.dtype);
+      store_element<T>(a.final_states.at(batch, c, i), a.final_states.dtype, v);
+    }
+  }
+}
+
 template <class T>
 void forward_task(ConvTask<T>& k, T* out) {
   constexpr int W = kLanes<T>;
@@ -148,15 +164,103 @@ void forward_task(ConvTask<T>& k, T* out) {
     }
     store_block<T>(plane(k.a.out, k.batch), k.channel, k.channels, t0, t1 - t0, {out, kWindow * W, int(k.tiles)});
   }
-  if (!k.a.final_states) return;
-  for (int64_t i = 0; i < p.width - 1; ++i) {  // the last inputs in scan order, initial states where the row is shorter
-    const int64_t s = p.seqlen - (p.width - 1) + i, t = k.a.reverse ? p.seqlen - 1 - s : s;
-    for (int64_t c = k.channel; c < k.channel + k.channels; ++c) {
-      T v = 0;
-      if (s >= 0) v = load_element<T>(k.a.x.at(k.batch, c, t), k.a.x.dtype);
-      else if (k.a.initial_states) v = load_element<T>(k.a.initial_states.at(k.batch, c, p.width - 1 + s), k.a.initial_states.dtype);
-      store_element<T>(k.a.final_states.at(k.batch, c, i), k.a.final_states.dtype, v);
+  store_final_states<T>(k.a, k.batch, k.channel, k.channels);
+}
+
+// ---- time contiguous: lanes are steps, nothing is transposed ------------------------------------------------------------
+
+constexpr int64_t kRowWindow = 1024;
+constexpr int64_t kRowSize = kRowWindow + 2 * kHalo + 64;  // with room for whole vectors behind the last step
+
+// Channel rows of plain convolutions go this way; sequence indices and states take the tiles.
+inline bool by_rows(const ConvArgs& a) {
+  const Tensor* rows[] = {&a.x, &a.out, &a.dout, &a.dx};
+  for (const Tensor* t : rows)
+    if (*t && (t->stride[2] != 1 || t->stride[1] == 1)) return false;
+  return !a.seq_idx && !a.initial_states && !a.dfinal_states;
+}
+
+template <class T>
+struct Row {
+  static constexpr int W = kLanes<T>;
+  const ConvArgs& a;
+  int64_t batch, channel, seqlen;
+  int width, step;  // step -1: the anti-causal form
+  T tap[kTaps] = {}, bias = 0;
+
+  Row(const ConvArgs& args, int64_t b, int64_t c)
+      : a(args), batch(b), channel(c), seqlen(args.x.size[2]), width(int(args.weight.size[1])), step(args.reverse ? -1 : 1) {
+    for (int j = 0; j < width; ++j) tap[j] = load_element<T>(a.weight.at(c, width - 1 - j), a.weight.dtype);
+    if (a.bias) bias = load_element<T>(a.bias.at(c), a.bias.dtype);
+  }
+  // Times [t0 - kHalo, t1 + kHalo) of a tensor's row, zeros outside the sequence.
+  void load(const Tensor& t, int64_t t0, int64_t t1, T* to) const {
+    const int64_t low = t0 < kHalo ? 0 : t0 - kHalo, high = t1 + kHalo > seqlen ? seqlen : t1 + kHalo;
+    for (int64_t i = 0; i < kHalo; ++i) to[i] = 0;
+    T* at = to + low - t0 + kHalo;
+    for (int64_t i = 0; i < high - low; i += W) {
+      const int count = int(high - low - i < W ? high - low - i : W);
+      store(at + i, load_run<T>(t.at(batch, channel, low + i), t.dtype, count));
     }
+    for (int64_t i = high - t0 + kHalo; i < t1 - t0 + 2 * kHalo; ++i) to[i] = 0;
+  }
+  Vec<T> pre(const T* x) const {
+    Vec<T> sum = splat(bias) + splat(tap[0]) * pixelbytes::load(x);
+    for (int j = 1; j < width; ++j) sum += splat(tap[j]) * pixelbytes::load(x - j * step);
+    return sum;
+  }
+};
+
+template <class T>
+void forward_row(const ConvArgs& a, int64_t batch, int64_t channel, T* x) {
+  constexpr int W = kLanes<T>;
+  const Row<T> k(a, batch, channel);
+  for (int64_t t0 = 0; t0 < k.seqlen; t0 += kRowWindow) {
+    const int64_t t1 = t0 + kRowWindow < k.seqlen ? t0 + kRowWindow : k.seqlen;
+    k.load(a.x, t0, t1, x);
+    for (int64_t i = 0; i < t1 - t0; i += W) {
+      const Vec<T> v = k.pre(x + kHalo + i);
+      const int count = int(t1 - t0 - i < W ? t1 - t0 - i : W);
+      store_run<T>(a.out.at(batch, channel, t0 + i), a.out.dtype, count, a.silu ? silu(v) : v);
+    }
+  }
+}
+
+template <class T>
+void backward_row(const ConvArgs& a, int64_t batch, int64_t channel, T* x, T* dpre, T* dweight, T* dbias) {
+  constexpr int W = kLanes<T>;
+  const Row<T> k(a, batch, channel);
+  Vec<T> d[kTaps] = {}, db = {};
+  for (int64_t t0 = 0; t0 < k.seqlen; t0 += kRowWindow) {
+    const int64_t t1 = t0 + kRowWindow < k.seqlen ? t0 + kRowWindow : k.seqlen, steps = t1 - t0;
+    k.load(a.x, t0, t1, x);
+    k.load(a.dout, t0, t1, dpre);
+    // The steps whose inputs these are reach kHalo beyond the window on one side; on the other `pre` would lack inputs.
+    const int64_t low = a.reverse ? (t0 < kHalo ? kHalo - t0 : 0) : kHalo, high = a.reverse ? kHalo + steps : 2 * kHalo + steps;
+    for (int64_t r = low; a.silu && r < high; r += W) {
+      const int count = int(high - r < W ? high - r : W);
+      const Vec<T> p = k.pre(x + r), s = sigmoid(p);
+      store_part<T>(dpre + r, count, load(dpre + r) * (s * (1 + p * (1 - s))));
+    }
+    for (int64_t i = 0; i < steps; i += W) {
+      const int count = int(steps - i < W ? steps - i : W);
+      const T *g = dpre + kHalo + i, *in = x + kHalo + i;
+      const Vec<T> own = load_part<T>(g, count);
+      Vec<T> sum = splat(k.tap[0]) * own;
+      for (int j = 1; j < k.width; ++j) sum += splat(k.tap[j]) * load(g + j * k.step);
+      if (a.dx) store_run<T>(a.dx.at(batch, channel, t0 + i), a.dx.dtype, count, sum);
+      db += own;
+      for (int j = 0; j < k.width; ++j) d[j] += own * load_part<T>(in - j * k.step, count);
+    }
+  }
+  for (int j = 0; j < k.width && dweight; ++j) {
+    T sum = 0;
+    for (int i = 0; i < W; ++i) sum += d[j][i];
+    dweight[k.width - 1 - j] = sum;
+  }
+  if (dbias) {
+    *dbias = 0;
+    for (int i = 0; i < W; ++i) *dbias += db[i];
   }
 }
 
@@ -164,12 +268,21 @@ template <class T>
 const char* forward(const ConvArgs& a) {
   const Plan p = make_plan(a.x, a.weight, kLanes<T>);
   const int64_t out_size = p.block_tiles * kWindow * kLanes<T>;
+  const bool rows = by_rows(a);
   bool failed = false;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(a.threads)
   for (int64_t i = 0; i < p.tasks(); ++i) {
-    Scratch scratch((ConvTask<T>::size(p) + out_size) * int64_t(sizeof(T)) + 8 * 128);
+    Scratch scratch((ConvTask<T>::size(p) + out_size + kRowSize) * int64_t(sizeof(T)) + 8 * 128);
     if (!scratch) {
       failed = true;
+      continue;
+    }
+    if (rows) {
+      const int64_t width = p.block_tiles * kLanes<T>, first = i % p.blocks * width;
+      const int64_t last = first + width < p.dim ? first + width : p.dim;
+      T* x = scratch.take<T>(kRowSize);
+      for (int64_t c = first; c < last; ++c) forward_row<T>(a, i / p.blocks, c, x);
+      store_final_states<T>(a, i / p.blocks, first, last - first);
       continue;
     }
     ConvTask<T> task(a, p, i, scratch);
@@ -264,12 +377,23 @@ const char* backward(const ConvArgs& a) {
   if (!dweight.open(a.dweight, p.batch, p.dim * p.width) || !dbias.open(a.dbias, p.batch, p.dim))
     return "causal_conv1d backward: out of memory for partial sums";
   const int64_t rows = p.block_tiles * ConvTask<T>::kRows * W, out = p.block_tiles * kWindow * W, taps = p.block_tiles * (kTaps + 1) * W;
+  const bool whole_rows = by_rows(a);
   bool failed = false;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(a.threads)
   for (int64_t i = 0; i < p.tasks(); ++i) {
-    Scratch scratch((ConvTask<T>::size(p) + rows + out + taps) * int64_t(sizeof(T)) + 12 * 128);
+    Scratch scratch((ConvTask<T>::size(p) + rows + out + taps + 2 * kRowSize) * int64_t(sizeof(T)) + 14 * 128);
     if (!scratch) {
       failed = true;
+      continue;
+    }
+    if (whole_rows) {
+      const int64_t batch = i / p.blocks, width = p.block_tiles * W, first = i % p.blocks * width;
+      T *x = scratch.take<T>(kRowSize), *dpre = scratch.take<T>(kRowSize);
+      memset(x, 0, sizeof(T) * kRowSize);
+      memset(dpre, 0, sizeof(T) * kRowSize);
+      for (int64_t c = first; c < first + width && c < p.dim; ++c)
+        backward_row<T>(a, batch, c, x, dpre, dweight.data() ? dweight.part(batch) + c * p.width : nullptr,
+                        dbias.data() ? dbias.part(batch) + c : nullptr);
       continue;
     }
     ConvTask<T> k(a, p, i, scratch);
