@@ -27,7 +27,7 @@ from pixelbytes_kernels import (
 from pixelbytes_kernels.testing import assert_matches, inner_inputs, run, scan_inputs
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
-SIZES = [(17, 1, 3, 2), (20, 37, 5, 2), (16, 33, 4, 1), (81, 65, 16, 6)]
+SIZES = [(17, 1, 3, 2), (20, 33, 5, 2), (81, 65, 16, 6)]
 SECOND = (
     "conv1d_weight_rev", "conv1d_bias_rev", "x_proj_weight_rev", "delta_proj_weight_rev", "A_rev", "D_rev",
     "delta_bias_rev",
@@ -194,10 +194,10 @@ def test_gradcheck(backend, op, second):
     assert gradcheck(op, inputs, backend=backend)
 
 
-@backends
+@needs_cpu
 @pytest.mark.parametrize(("op", "second"), [(mamba_inner, False), (bimamba_inner, False), (bimamba_inner, True)])
-def test_compiles_whole(backend, op, second):
-    assert_same_when_compiled(op, inner_inputs(2, 17, 40, 5, second=second), backend=backend)
+def test_compiles_whole(op, second):
+    assert_same_when_compiled(op, inner_inputs(2, 17, 40, 5, second=second), backend="cpu")
 
 
 @needs_cpu
