@@ -49,9 +49,12 @@ def test_sizes(backend, reverse, channels_last, dim, seqlen, width):
 
 @backends
 @both_directions
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("activation", "bias", "initial", "seq_idx"), [p for p in itertools.product((None, "swish"), *[(False, True)] * 3)]
+    ("dtype", "activation", "bias", "initial", "seq_idx"),
+    [
+        *itertools.product([torch.float32], [None, "swish"], *[[False, True]] * 3),
+        *((dtype, "silu", True, True, True) for dtype in DTYPES[1:]),
+    ],
 )
 def test_options(backend, reverse, dtype, activation, bias, initial, seq_idx):
     inputs = conv_inputs(2, 17, 40, 4, dtype=dtype, bias=bias, initial_states=initial, seq_idx=seq_idx)
