@@ -30,7 +30,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     # Read when torch loads its OpenMP: idle threads sleep instead of spinning. On a machine that does anything else at the same time
-    # a spinning thread holds the core that the working one waits for, and training was six to eight times slower.
+    # a spinning thread holds the core that the working one waits for, and training was four to six times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     parser = make_parser()
     arguments = parser.parse_args(argv)
