@@ -147,7 +147,8 @@ def cuda_jobs(root: Path, build: Path, nvcc: str, cxx: list[str], archs: list[st
     device = [nvcc, "-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-ccbin={cxx[0]}", *gencode(archs)]
     jobs = [Job(build / f"{p.stem}.cu.o", [*device, *includes, "-c", str(p)]) for p in sorted(cuda.glob("*.cu"))]
     for p in sorted(cuda.glob("*.cpp")):
-        jobs.append(Job(build / f"{p.stem}.o", [*cxx, *CXX_FLAGS, *includes, "-c", str(p)]))
+        named = f'-DPIXELBYTES_CUDA_ARCHS="{",".join(archs)}"'
+        jobs.append(Job(build / f"{p.stem}.o", [*cxx, *CXX_FLAGS, *includes, named, "-c", str(p)]))
     return jobs
 
 

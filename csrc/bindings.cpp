@@ -1,6 +1,7 @@
-// The module _cpu: turns torch tensors into pointers, sizes and strides, checks what protects memory, and calls the kernels
-// of the best instruction set. Tensors are read through their Python attributes: no torch headers, no ABI to match.
-#include <pybind11/pybind11.h>
+// The module _cpu: takes torch tensors as pointers, sizes and strides (python_tensor.h) and calls the kernels of the best instruction set.
+#define PIXELBYTES_MODULE "_cpu"
+#define PIXELBYTES_ON_GPU 0
+#include "python_tensor.h"
 
 #include <cstdlib>
 #include <cstring>
@@ -45,45 +46,6 @@ const Kernels& best_kernels() {
   return *best;
 }
 
-namespace {
-
-// torch's dtype objects are singletons: compare addresses.
-PyObject* g_dtypes[9];
-
-DType dtype_of(py::handle t) {
-  PyObject* object = py::object(t.attr("dtype")).ptr();
-  for (int i = 0; i < 9; ++i)
-    if (g_dtypes[i] == object) return DType(i);
-  throw py::type_error("_cpu: dtype not supported: " + std::string(py::str(t.attr("dtype"))));
-}
-
-}  // namespace
-}  // namespace pixelbytes
-
-namespace pybind11::detail {
-template <>
-struct type_caster<pixelbytes::Tensor> {
-  PYBIND11_TYPE_CASTER(pixelbytes::Tensor, const_name("torch.Tensor | None"));
-
-  bool load(handle source, bool) {
-    value = {};
-    if (source.is_none()) return true;
-    if (!source.attr("is_cpu").cast<bool>()) throw type_error("_cpu: needs tensors in CPU memory");
-    const tuple shape = source.attr("shape"), stride = source.attr("stride")();
-    if (shape.size() > size_t(pixelbytes::kMaxDims)) return false;
-    value.ndim = int(shape.size());
-    for (int i = 0; i < value.ndim; ++i) {
-      value.size[i] = shape[size_t(i)].cast<int64_t>();
-      value.stride[i] = stride[size_t(i)].cast<int64_t>();
-    }
-    value.dtype = pixelbytes::dtype_of(source);
-    value.data = reinterpret_cast<char*>(source.attr("data_ptr")().cast<uintptr_t>());
-    return true;
-  }
-};
-}  // namespace pybind11::detail
-
-namespace pixelbytes {
 namespace {
 
 void raise_memory_error(const char* error) {
@@ -243,9 +205,7 @@ class StepPlan {
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
-  const py::module_ torch = py::module_::import("torch");
-  const char* names[] = {"float32", "float64", "float16", "bfloat16", "uint8", "int8", "int16", "int32", "int64"};
-  for (int i = 0; i < 9; ++i) g_dtypes[i] = py::object(torch.attr(names[i])).release().ptr();
+  learn_dtypes();
   m.attr("isa") = best_kernels().name;
   m.attr("lanes") = best_kernels().lanes;
   m.attr("chunk") = best_kernels().chunk;
