@@ -17,9 +17,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ..ops.mamba_inner import mamba_inner
 from . import causal_conv1d_interface, selective_scan_interface, selective_state_update
 
-MODULES = ("transformers.models.mamba.modeling_mamba", "transformers.models.falcon_mamba.modeling_falcon_mamba")
 _originals: dict[str, dict[str, Callable[..., Any]]] = {}
 
 
@@ -32,9 +32,9 @@ def use_kernels() -> None:
     """
     import transformers
 
-    modules = {name: importlib.import_module(name) for name in MODULES}
+    modules = {name: importlib.import_module(name) for name in FUNCTIONS}
     for name, module in modules.items():
-        missing = [function for function in FUNCTIONS if not hasattr(module, function)]
+        missing = [function for function in FUNCTIONS[name] if not hasattr(module, function)]
         if missing:
             raise RuntimeError(
                 f"use_kernels: {name} of transformers {transformers.__version__} has no {', '.join(missing)}; this "
@@ -42,8 +42,8 @@ def use_kernels() -> None:
             )
     for name, module in modules.items():
         if name not in _originals:
-            _originals[name] = {function: getattr(module, function) for function in FUNCTIONS}
-            _set(module, {**FUNCTIONS, **({"mamba_inner_fn": _no_inner} if "falcon" in name else {})})
+            _originals[name] = {function: getattr(module, function) for function in FUNCTIONS[name]}
+            _set(module, FUNCTIONS[name])
 
 
 def restore() -> None:
@@ -81,18 +81,24 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str
     return causal_conv1d_interface.causal_conv1d_fn(x, weight, bias, seq_idx, activation=activation)
 
 
-def _no_inner(*arguments: Any, **options: Any) -> None:
-    """None makes FalconMamba compose its mixer from the convolution and the scan.
-
-    mamba_ssm's fused function takes the RMS norm of delta behind dt_proj; FalconMamba's own code, which also generates,
-    takes it before.
+def _falcon_inner(*arguments: Any, **options: Any) -> Tensor:
+    """FalconMamba's mixer in training, with the norms where its own code has them, which also scores and generates: on delta before
+    dt_proj. mamba_ssm's fused function takes that one behind dt_proj. The weights that come with the norms are ones.
     """
+    rms_eps = options.pop("b_c_dt_rms_eps")
+    for name in ("b_rms_weight", "c_rms_weight", "dt_rms_weight"):
+        options.pop(name)
+    return mamba_inner(*arguments, **options, rms_eps=rms_eps)
 
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {
+_MAMBA: dict[str, Callable[..., Any]] = {
     "mamba_inner_fn": selective_scan_interface.mamba_inner_fn,
     "mamba_selective_scan": _scan,
     "mamba_selective_state_update": selective_state_update.selective_state_update,
     "causal_conv1d_fn": _conv,
     "causal_conv1d_update": causal_conv1d_interface.causal_conv1d_update,
+}
+FUNCTIONS = {  # by module
+    "transformers.models.mamba.modeling_mamba": _MAMBA,
+    "transformers.models.falcon_mamba.modeling_falcon_mamba": {**_MAMBA, "mamba_inner_fn": _falcon_inner},
 }

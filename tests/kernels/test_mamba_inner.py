@@ -105,6 +105,39 @@ def test_given_coefficients(backend, op, given, constant):
     assert_matches(*op, inputs, options={"backend": backend})
 
 
+@backends
+@pytest.mark.parametrize("reverse", [False, True], ids=["up", "down"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("absent", [(), ("B_proj_bias",)], ids=["biases", "no B bias"])
+def test_normed_rows(backend, reverse, dtype, absent):
+    draws = [inner_inputs(2, 20, 33, 5, 3, dtype=dtype, seed=seed) for seed in range(1, 6)]
+    inputs = [{k: None if k in absent else v.to(dtype) for k, v in draw.items()} for draw in draws]
+    options = {"reverse": reverse, "rms_eps": 1e-2}  # large enough to be seen
+    assert_matches(mamba_inner, mamba_inner_ref, inputs, options={"backend": backend}, **options)
+
+
+@backends
+@pytest.mark.parametrize("given", ["B", "C", "BC"])
+def test_given_coefficients_are_not_normed(backend, given):
+    """The norm of what x_proj still gives, and a norm of rows of one: delta's rank here."""
+    inputs = inner_inputs(2, 17, 20, 5, 1)
+    scan = scan_inputs(2, 17, 20, 5)
+    inputs |= {name: scan[name] for name in given} | {f"{name}_proj_bias": None for name in given}
+    inputs["x_proj_weight"] = inputs["x_proj_weight"][: 1 + 5 * (2 - len(given))].contiguous()
+    assert_matches(mamba_inner, mamba_inner_ref, inputs, options={"backend": backend}, rms_eps=0.1)
+
+
+@backends
+def test_normed_rows_forget_their_scale(backend):
+    """Without eps and biases a larger x_proj changes nothing."""
+    inputs = inner_inputs(2, 17, 40, 5, dtype=torch.float64) | {"B_proj_bias": None, "C_proj_bias": None}
+    larger = {**inputs, "x_proj_weight": 3 * inputs["x_proj_weight"]}
+    options = {"backend": backend, "rms_eps": 0.0}
+    expected, found = run(mamba_inner, inputs, **options), run(mamba_inner, larger, **options)
+    expected["dx_proj_weight"] = expected["dx_proj_weight"] / 3
+    assert_close(found, expected)
+
+
 # ---- identities ----------------------------------------------------------------------------------
 
 
@@ -200,6 +233,17 @@ def test_gradcheck(backend, op, second):
     assert gradcheck(op, inputs, backend=backend)
 
 
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
+def test_gradcheck_of_normed_rows(backend):
+    inputs = inner_inputs(1, 3, 4, 2, 2, 2, dtype=torch.float64)
+    assert gradcheck(mamba_inner, inputs, backend=backend, rms_eps=0.1)
+
+
+@needs_cpu
+def test_normed_rows_compile_whole():
+    assert_same_when_compiled(mamba_inner, inner_inputs(2, 17, 40, 5), backend="cpu", rms_eps=1e-3)
+
+
 @needs_cpu
 @pytest.mark.parametrize(("op", "second"), [(mamba_inner, False), (bimamba_inner, False), (bimamba_inner, True)])
 def test_compiles_whole(op, second):
@@ -290,6 +334,12 @@ def test_bad_arguments(op, name, change, error, message):
     inputs[name] = change(inputs[name])
     with pytest.raises(error, match=f"{op.__name__}: {message}"):
         op(**inputs)
+
+
+@pytest.mark.parametrize("eps", [-1e-3, float("nan")])
+def test_bad_rms_eps(eps):
+    with pytest.raises(ValueError, match="mamba_inner: rms_eps must be None, or 0 or more, got"):
+        mamba_inner(**inner_inputs(), rms_eps=eps)
 
 
 @pytest.mark.parametrize("name", SECOND)

@@ -33,6 +33,7 @@ class InnerOptions(NamedTuple):
     scale: float
     reverse: bool
     bidirectional: bool
+    rms_eps: float | None = None
 
 
 class Weights(NamedTuple):
@@ -67,28 +68,55 @@ def weights_of(
 
 
 class Inputs(NamedTuple):
-    """What the scan of one direction reads, and the rows (batch, seqlen, rank + ...) that it comes from."""
+    """What the scan of one direction reads, and what it comes from.
+
+    delta_rows, B_rows, C_rows: (batch, seqlen, rank or dstate), what x_proj and the biases give, before any norm; None: given.
+    """
 
     u: Tensor
     delta: Tensor
     B: Tensor
     C: Tensor
-    rows: Tensor
+    delta_rows: Tensor
+    B_rows: Tensor | None
+    C_rows: Tensor | None
 
 
-def inputs_of(x: Tensor, w: Weights, seq_idx: Tensor | None, reverse: bool, backend: str) -> Inputs:
-    u, _ = conv.implementation(backend).forward((x, w.conv_weight, w.conv_bias, seq_idx, None), True, reverse, False)
+def inputs_of(x: Tensor, w: Weights, seq_idx: Tensor | None, reverse: bool, options: InnerOptions) -> Inputs:
+    convolution = conv.implementation(options.backend)
+    u, _ = convolution.forward((x, w.conv_weight, w.conv_bias, seq_idx, None), True, reverse, False)
     rows = u.transpose(1, 2) @ w.x_proj.T
     rank, dstate = w.dt_proj.shape[1], w.A.shape[1]
-    delta = (rows[..., :rank] @ w.dt_proj.T).transpose(1, 2)
+    delta_rows, B_rows, C_rows = rows[..., :rank], None, None
+    delta = (normed(delta_rows, options.rms_eps) @ w.dt_proj.T).transpose(1, 2)
     B, C = w.B, w.C
     if B is None:
-        B = rows[..., rank : rank + dstate]
-        B = (B if w.B_bias is None else B + w.B_bias).transpose(1, 2)
+        B_rows = rows[..., rank : rank + dstate]
+        B_rows = B_rows if w.B_bias is None else B_rows + w.B_bias
+        B = normed(B_rows, options.rms_eps).transpose(1, 2)
     if C is None:
-        C = rows[..., rows.shape[-1] - dstate :]
-        C = (C if w.C_bias is None else C + w.C_bias).transpose(1, 2)
-    return Inputs(u, delta, scan.with_groups(B), scan.with_groups(C), rows)  # type: ignore[arg-type]
+        C_rows = rows[..., rows.shape[-1] - dstate :]
+        C_rows = C_rows if w.C_bias is None else C_rows + w.C_bias
+        C = normed(C_rows, options.rms_eps).transpose(1, 2)
+    return Inputs(u, delta, scan.with_groups(B), scan.with_groups(C), delta_rows, B_rows, C_rows)  # type: ignore[arg-type]
+
+
+def normed(rows: Tensor, eps: float | None) -> Tensor:
+    """rows (..., n) over their root mean square, in the dtype of the scan's states; None leaves them as they are."""
+    if eps is None:
+        return rows
+    wide = rows.to(scan.compute_dtype(rows))
+    return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt()).to(rows.dtype)
+
+
+def normed_gradient(grad: Tensor, rows: Tensor, eps: float | None) -> Tensor:
+    """The gradient of `rows` from that of `normed(rows, eps)`."""
+    if eps is None:
+        return grad
+    wide, grad = rows.to(scan.compute_dtype(rows)), grad.to(scan.compute_dtype(rows))
+    over = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()
+    unit = wide * over
+    return (over * (grad - unit * (grad * unit).mean(-1, keepdim=True))).to(rows.dtype)
 
 
 def directions_of(weights: list[Weights], inputs: list[Inputs], reverse: bool) -> tuple[scan.Direction, ...]:
@@ -114,7 +142,7 @@ class Inner(torch.autograd.Function):
             weights = weights_of(rest[:11], rest[11:] if options.bidirectional else None, xz.dtype)
             x, z = xz.chunk(2, dim=1)
             inputs = [
-                inputs_of(x, w, seq_idx, options.reverse != bool(k), options.backend) for k, w in enumerate(weights)
+                inputs_of(x, w, seq_idx, options.reverse != bool(k), options) for k, w in enumerate(weights)
             ]
             directions = directions_of(weights, inputs, options.reverse)
             scan_options = scan.Options(options.delta_softplus, options.scale, xz.dtype)
@@ -139,7 +167,7 @@ class Inner(torch.autograd.Function):
             weights = weights_of(first, second, xz.dtype)
             x, z = xz.chunk(2, dim=1)
             inputs = [
-                inputs_of(x, w, seq_idx, options.reverse != bool(k), options.backend) for k, w in enumerate(weights)
+                inputs_of(x, w, seq_idx, options.reverse != bool(k), options) for k, w in enumerate(weights)
             ]
             directions = directions_of(weights, inputs, options.reverse)
             dxz = torch.empty_like(xz)
@@ -178,21 +206,21 @@ def side_gradients(
     """From the gradients of the scan's inputs to those of x and of one direction's weights, by name."""
     du, ddelta, dA, dB, dC, dD, ddelta_bias = grads
     assert du is not None and ddelta is not None and dB is not None and dC is not None
-    rank, dstate = w.dt_proj.shape[1], w.A.shape[1]
+    rank, dstate, width = w.dt_proj.shape[1], w.A.shape[1], w.x_proj.shape[0]
     ddelta_rows = ddelta.transpose(1, 2)
-    drows = torch.zeros_like(i.rows)
-    drows[..., :rank] = ddelta_rows @ w.dt_proj
-    if w.B is None:
-        dB = dB[:, 0].transpose(1, 2)
+    drows = i.delta_rows.new_zeros(*i.delta_rows.shape[:2], width)
+    drows[..., :rank] = normed_gradient(ddelta_rows @ w.dt_proj, i.delta_rows, options.rms_eps)
+    if i.B_rows is not None:
+        dB = normed_gradient(dB[:, 0].transpose(1, 2), i.B_rows, options.rms_eps)
         drows[..., rank : rank + dstate] = dB
-    if w.C is None:
-        dC = dC[:, 0].transpose(1, 2)
-        drows[..., drows.shape[-1] - dstate :] = dC
+    if i.C_rows is not None:
+        dC = normed_gradient(dC[:, 0].transpose(1, 2), i.C_rows, options.rms_eps)
+        drows[..., width - dstate :] = dC
     flat = drows.reshape(-1, drows.shape[-1])
     du_rows = torch.baddbmm(du.transpose(1, 2), drows, w.x_proj.expand(drows.shape[0], -1, -1))
     found: dict[str, Tensor | None] = {
         "x_proj": flat.T @ i.u.transpose(1, 2).reshape(-1, i.u.shape[1]),
-        "dt_proj": ddelta_rows.reshape(-1, ddelta.shape[1]).T @ i.rows[..., :rank].reshape(-1, rank),
+        "dt_proj": ddelta_rows.reshape(-1, ddelta.shape[1]).T @ normed(i.delta_rows, options.rms_eps).reshape(-1, rank),
         "A": dA,
         "B": dB if w.B is not None else None,
         "C": dC if w.C is not None else None,

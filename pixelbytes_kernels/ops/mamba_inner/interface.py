@@ -34,6 +34,7 @@ def mamba_inner(
     *,
     reverse: bool = False,
     seq_idx: Tensor | None = None,
+    rms_eps: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """The Mamba mixer from in_proj's output to out_proj's: convolution, projections, scan, gate, in one autograd node.
@@ -54,6 +55,8 @@ def mamba_inner(
         delta_softplus: delta becomes softplus(delta + delta_bias).
         reverse: convolution and scan run downwards in time.
         seq_idx: (batch, seqlen), integers, see `selective_scan`.
+        rms_eps: not None: what x_proj gives for delta (before delta_proj), B and C, biases included, is divided by its root mean square
+            at each step, `r / sqrt(mean(r^2) + rms_eps)`, as in FalconMamba. A given B or C is not.
         backend: see `available_backends`.
 
     Returns:
@@ -79,11 +82,13 @@ def mamba_inner(
         C_proj_bias,
     )
     check_inner(op, xz, out_proj_weight, out_proj_bias, weights, seq_idx)
+    if rms_eps is not None and not rms_eps >= 0:
+        raise ValueError(f"{op}: rms_eps must be None, or 0 or more, got {rms_eps}")
     name = resolve(op, backend, xz, IMPLEMENTED)
     arguments = (xz, conv1d_weight, conv1d_bias, x_proj_weight, delta_proj_weight, out_proj_weight, out_proj_bias, A, B, C, D,
                  delta_bias, B_proj_bias, C_proj_bias, delta_softplus)  # fmt: skip
     if name == "reference":
-        return mamba_inner_ref(*arguments, reverse=reverse, seq_idx=seq_idx)
+        return mamba_inner_ref(*arguments, reverse=reverse, seq_idx=seq_idx, rms_eps=rms_eps)
     conv1d_weight = conv1d_weight.squeeze(1) if conv1d_weight.ndim == 3 else conv1d_weight
     if torch.compiler.is_compiling():  # the registered ops, with what lies between them for the compiler
         x, z = xz.chunk(2, dim=1)
@@ -102,6 +107,7 @@ def mamba_inner(
             reverse,
             seq_idx,
             convolve,
+            rms_eps,
         )
         y = selective_scan(
             u, delta, A, B, C, D, z, delta_bias, delta_softplus, seq_idx=seq_idx, reverse=reverse, backend=name
@@ -110,7 +116,7 @@ def mamba_inner(
         return F.linear(y.transpose(1, 2), out_proj_weight, out_proj_bias)
     from .autograd import Inner, InnerOptions
 
-    options = InnerOptions(name, delta_softplus, 1.0, reverse, False)
+    options = InnerOptions(name, delta_softplus, 1.0, reverse, False, rms_eps)
     return Inner.apply(options, seq_idx, xz, out_proj_weight, out_proj_bias, conv1d_weight, *weights[1:])
 
 

@@ -31,6 +31,7 @@ def mamba_inner_ref(
     *,
     reverse: bool = False,
     seq_idx: Tensor | None = None,
+    rms_eps: float | None = None,
 ) -> Tensor:
     """Arguments, shapes and result as `mamba_inner`; plain torch, differentiable any number of times."""
     x, z = xz.chunk(2, dim=1)
@@ -47,6 +48,7 @@ def mamba_inner_ref(
         C_proj_bias,
         reverse,
         seq_idx,
+        rms_eps=rms_eps,
     )
     y = selective_scan_ref(u, delta, A, B, C, D, z, delta_bias, delta_softplus, reverse=reverse, seq_idx=seq_idx)
     assert isinstance(y, Tensor)
@@ -67,17 +69,23 @@ def inner_inputs(
     reverse: bool,
     seq_idx: Tensor | None,
     convolve: Callable[..., Any] = causal_conv1d_ref,
+    rms_eps: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """u, delta, B, C of the scan from x (batch, dim, seqlen)."""
     weight = conv1d_weight.squeeze(1) if conv1d_weight.ndim == 3 else conv1d_weight
     u = convolve(x, weight, conv1d_bias, "silu", reverse=reverse, seq_idx=seq_idx)
     rank, dstate = delta_proj_weight.shape[1], A.shape[1]
     rows = F.linear(u.transpose(1, 2), x_proj_weight)  # (batch, seqlen, rank + what B and C take)
-    delta = F.linear(rows[..., :rank], delta_proj_weight).transpose(1, 2)
+    delta = F.linear(normed(rows[..., :rank], rms_eps), delta_proj_weight).transpose(1, 2)
     if B is None:
         B = rows[..., rank : rank + dstate]
-        B = (B if B_proj_bias is None else B + B_proj_bias).transpose(1, 2)
+        B = normed(B if B_proj_bias is None else B + B_proj_bias, rms_eps).transpose(1, 2)
     if C is None:
         C = rows[..., rows.shape[-1] - dstate :]
-        C = (C if C_proj_bias is None else C + C_proj_bias).transpose(1, 2)
+        C = normed(C if C_proj_bias is None else C + C_proj_bias, rms_eps).transpose(1, 2)
     return u, delta, B, C
+
+
+def normed(rows: Tensor, eps: float | None) -> Tensor:
+    """rows (..., n) over their root mean square; None leaves them as they are."""
+    return rows if eps is None else rows * (rows.square().mean(-1, keepdim=True) + eps).rsqrt()
