@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .formulation import folded_is_cheaper
+from .ids import check_ids
 from .reference import path_weights, pxby_embed_ref
 
 PIECE = 1024  # tokens
@@ -68,16 +69,3 @@ def fold(
             shift = moved if shift is None else shift + moved
     table = emb @ acting.permute(1, 2, 3, 0).reshape(width, -1)  # (V, 9 D)
     return table.view(vocab * 9, -1), shift
-
-
-def check_ids(tokens: Tensor, vocab: int) -> None:
-    """IndexError for the first id outside [0, vocab). On a GPU or while compiling it is left to the lookup."""
-    if tokens.device.type != "cpu" or tokens.numel() == 0 or torch.compiler.is_compiling():
-        return
-    low, high = torch.aminmax(tokens)
-    if low >= 0 and high < vocab:
-        return
-    first = torch.nonzero((tokens < 0) | (tokens.long() >= vocab))[0].tolist()
-    raise IndexError(
-        f"pxby_embed: id {int(tokens[tuple(first)])} at tokens{first} is outside the vocabulary [0, {vocab})"
-    )
