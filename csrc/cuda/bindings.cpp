@@ -22,6 +22,7 @@ PYBIND11_MODULE(_cuda, m) {
 #ifdef PIXELBYTES_EMULATE
   emulator::bind(m);
 #endif
+  bind_causal_conv1d(m);
 }
 
 }  // namespace pixelbytes::cuda

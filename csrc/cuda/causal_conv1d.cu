@@ -1,0 +1,550 @@
+// Depthwise causal convolution of 2 to 4 taps, forward and backward, in two arrangements:
+//   channels: a thread owns kVec neighbouring channels and walks a run of steps, the last three inputs in registers; for tensors whose
+//             channels lie next to each other, and with kVec = 1 for any strides;
+//   time:     a warp owns a run of one channel, a lane kVec neighbouring steps; the halo comes from the neighbouring lanes.
+// No shared memory. Deterministic: the sums for weight and bias are written per run and added in order (ordered_sum).
+//
+// Inside the kernels time is logical: with `reverse` the launcher hands over the last step's address and negative strides.
+#include "causal_conv1d.h"
+
+#include "activation.h"
+#include "dispatch.h"
+#include "ordered_sum.h"
+
+namespace pixelbytes::cuda {
+namespace {
+
+constexpr int kTaps = 4, kHalo = kTaps - 1, kThreads = 128;
+
+template <class T>
+struct Rows {  // (batch, dim, time)
+  T* data;
+  int64_t batch, dim, time;  // strides
+  __device__ T* at(int64_t b, int64_t d, int64_t t) const { return data + b * batch + d * dim + t * time; }
+};
+
+struct States {  // (batch, dim, width - 1) of any float dtype, or null
+  char* data;
+  DType dtype;
+  int64_t batch, dim, step;
+  __device__ int64_t index(int64_t b, int64_t d, int64_t k) const { return b * batch + d * dim + k * step; }
+};
+
+template <class T>
+struct ConvParams {
+  Rows<const T> x, dout;
+  Rows<T> out, dx;
+  const float *weight, *bias;
+  const char* seq;
+  DType seq_dtype;
+  int64_t seq_batch, seq_time;
+  States initial, final_states, dfinal, dinitial;
+  float* partial;
+  int64_t batch, dim, seqlen, steps, runs, lanes;  // lanes: threads side by side in the channels arrangement
+  int width;
+  bool silu;
+
+  __device__ int64_t sequence(int64_t b, int64_t t) const {
+    return load_int(seq, seq_dtype, b * seq_batch + (t < 0 ? 0 : t) * seq_time);
+  }
+  // The input at step t >= 1 - width of one channel, as fp32. What stands before a row is its state, rounded to T, or zero.
+  __device__ float input(int64_t b, int64_t d, int64_t t) const {
+    if (t >= 0) return load_readonly(x.at(b, d, t));
+    const int64_t k = t + width - 1;
+    if (!initial.data || k < 0) return 0.0f;
+    return to_float(from_float<T>(load_any(initial.data, initial.dtype, initial.index(b, d, k))));
+  }
+  __device__ float tap(int64_t d, int j) const { return load_readonly(weight + d * width + (width - 1 - j)); }
+};
+
+// ---- channels -------------------------------------------------------------------------------------------------------------------------
+
+// What a thread of the channels arrangement owns.
+struct Owned {
+  int64_t b, d, run, first, last;  // first channel; steps [first, last)
+  bool any;
+};
+
+template <int kVec, class Params>
+__device__ Owned owned(const Params& p) {
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  Owned o;
+  o.d = i % p.lanes * kVec;
+  o.run = i / p.lanes % p.runs;
+  o.b = i / p.lanes / p.runs;
+  o.any = o.b < p.batch;
+  o.first = o.run * p.steps;
+  o.last = min(o.first + p.steps, p.seqlen);
+  return o;
+}
+
+template <int kVec, class T>
+__device__ void load_channels(const Rows<const T>& rows, int64_t b, int64_t d, int64_t t, float (&v)[kVec]) {
+  if constexpr (kVec == 1) {
+    v[0] = load_readonly(rows.at(b, d, t));
+  } else {
+    load_many_readonly<kVec>(rows.at(b, d, t), v);
+  }
+}
+
+template <int kVec, class T>
+__device__ void store_channels(const Rows<T>& rows, int64_t b, int64_t d, int64_t t, const float (&v)[kVec]) {
+  if constexpr (kVec == 1) {
+    store(rows.at(b, d, t), v[0]);
+  } else {
+    store_many<kVec>(rows.at(b, d, t), v);
+  }
+}
+
+// The weights of kVec channels by distance in time, and the bias.
+template <int kVec, class T>
+__device__ void load_weights(const ConvParams<T>& p, int64_t d, float (&w)[kTaps][kVec], float (&bias)[kVec]) {
+#pragma unroll
+  for (int v = 0; v < kVec; ++v) {
+    bias[v] = p.bias ? load_readonly(p.bias + d + v) : 0.0f;
+#pragma unroll
+    for (int j = 0; j < kTaps; ++j) w[j][v] = j < p.width ? p.tap(d + v, j) : 0.0f;
+  }
+}
+
+template <class T, int kVec>
+__global__ void __launch_bounds__(kThreads) conv_forward_channels(const ConvParams<T> p) {
+  const Owned o = owned<kVec>(p);
+  if (!o.any) return;
+  constexpr int kAhead = 4;  // steps loaded together
+  float w[kTaps][kVec], bias[kVec], past[kHalo][kVec];  // past[j]: the input j + 1 steps ago
+  int64_t seq_past[kHalo] = {};
+  load_weights(p, o.d, w, bias);
+#pragma unroll
+  for (int j = 0; j < kHalo; ++j) {
+    if (p.seq) seq_past[j] = p.sequence(o.b, o.first - 1 - j);
+#pragma unroll
+    for (int v = 0; v < kVec; ++v) past[j][v] = p.input(o.b, o.d + v, o.first - 1 - j);
+  }
+  for (int64_t t0 = o.first; t0 < o.last; t0 += kAhead) {
+    float x[kAhead][kVec];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i)
+      if (t0 + i < o.last) load_channels<kVec>(p.x, o.b, o.d, t0 + i, x[i]);
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (t0 + i >= o.last) break;
+      float out[kVec];
+#pragma unroll
+      for (int v = 0; v < kVec; ++v) out[v] = bias[v] + w[0][v] * x[i][v];
+      const int64_t seq = p.seq ? p.sequence(o.b, t0 + i) : 0;
+#pragma unroll
+      for (int j = 1; j < kTaps; ++j) {
+        if (j >= p.width || (p.seq && seq_past[j - 1] != seq)) continue;
+#pragma unroll
+        for (int v = 0; v < kVec; ++v) out[v] += w[j][v] * past[j - 1][v];
+      }
+#pragma unroll
+      for (int v = 0; v < kVec; ++v) {
+        if (p.silu) out[v] = silu(out[v]);
+        past[2][v] = past[1][v], past[1][v] = past[0][v], past[0][v] = x[i][v];
+      }
+      seq_past[2] = seq_past[1], seq_past[1] = seq_past[0], seq_past[0] = seq;
+      store_channels<kVec>(p.out, o.b, o.d, t0 + i, out);
+    }
+  }
+  if (!p.final_states.data || o.last != p.seqlen) return;
+#pragma unroll
+  for (int j = 0; j < kHalo; ++j) {
+    if (j >= p.width - 1) continue;
+#pragma unroll
+    for (int v = 0; v < kVec; ++v)
+      store_any(p.final_states.data, p.final_states.dtype, p.final_states.index(o.b, o.d + v, p.width - 2 - j), past[j][v]);
+  }
+}
+
+// Gradient of what stands before the SiLU.
+__device__ inline float before_silu(float dout, float pre, bool is_silu) { return is_silu ? dout * silu_slope(pre) : dout; }
+
+template <class T, int kVec>
+__global__ void __launch_bounds__(kThreads) conv_backward_channels(const ConvParams<T> p) {
+  const Owned o = owned<kVec>(p);
+  if (!o.any) return;
+  float w[kTaps][kVec], bias[kVec], past[kHalo][kVec], dw[kTaps][kVec] = {}, dbias[kVec] = {};
+  float dpre[kTaps][kVec] = {};  // dpre[j]: of the step j steps ago
+  int64_t seq_past[kHalo] = {};
+  load_weights(p, o.d, w, bias);
+#pragma unroll
+  for (int j = 0; j < kHalo; ++j) {
+    if (p.seq) seq_past[j] = p.sequence(o.b, o.first - 1 - j);
+#pragma unroll
+    for (int v = 0; v < kVec; ++v) past[j][v] = p.input(o.b, o.d + v, o.first - 1 - j);
+  }
+  // dx of step t needs dpre of t .. t + 3, so it is written three steps later.
+  for (int64_t t = o.first; t < o.last + kHalo; ++t) {
+    float x[kVec] = {}, dout[kVec] = {}, pre[kVec];
+    const bool inside = t < p.seqlen;
+    if (inside) {
+      load_channels<kVec>(p.x, o.b, o.d, t, x);
+      load_channels<kVec>(p.dout, o.b, o.d, t, dout);
+    }
+    const int64_t seq = p.seq ? p.sequence(o.b, inside ? t : p.seqlen - 1) : 0;
+#pragma unroll
+    for (int v = 0; v < kVec; ++v) {
+      pre[v] = bias[v] + w[0][v] * x[v];
+#pragma unroll
+      for (int j = kTaps - 1; j > 0; --j) dpre[j][v] = dpre[j - 1][v];
+    }
+#pragma unroll
+    for (int j = 1; j < kTaps; ++j) {
+      if (j >= p.width || (p.seq && seq_past[j - 1] != seq)) continue;
+#pragma unroll
+      for (int v = 0; v < kVec; ++v) pre[v] += w[j][v] * past[j - 1][v];
+    }
+#pragma unroll
+    for (int v = 0; v < kVec; ++v) {
+      dpre[0][v] = inside ? before_silu(dout[v], pre[v], p.silu) : 0.0f;
+      if (t < o.last) dbias[v] += dpre[0][v], dw[0][v] += dpre[0][v] * x[v];
+    }
+    if (t < o.last) {
+#pragma unroll
+      for (int j = 1; j < kTaps; ++j) {
+        if (j >= p.width || (p.seq && seq_past[j - 1] != seq)) continue;
+#pragma unroll
+        for (int v = 0; v < kVec; ++v) dw[j][v] += dpre[0][v] * past[j - 1][v];
+      }
+    }
+    // The step that is complete now. Before a row's first step it is an initial state.
+    const int64_t done = t - kHalo, state = done + p.width - 1;
+    const bool is_state = o.first == 0 && done < 0 && state >= 0 && p.dinitial.data;
+    if ((done >= o.first && p.dx.data) || is_state) {
+      const int64_t seq_done = seq_past[2];  // of step max(done, 0): sequence() and the window agree on it
+      float dx[kVec] = {};
+#pragma unroll
+      for (int j = 0; j < kTaps; ++j) {
+        const bool reaches = done + j >= 0 && done + j < p.seqlen;
+        if (j >= p.width || !reaches || (p.seq && j && seq_done != (j == kHalo ? seq : seq_past[kHalo - 1 - j]))) continue;
+#pragma unroll
+        for (int v = 0; v < kVec; ++v) dx[v] += w[j][v] * dpre[kHalo - j][v];
+      }
+      const int64_t kept = state - p.seqlen;  // index among the final states
+      if (p.dfinal.data && kept >= 0) {
+#pragma unroll
+        for (int v = 0; v < kVec; ++v) dx[v] += load_any(p.dfinal.data, p.dfinal.dtype, p.dfinal.index(o.b, o.d + v, kept));
+      }
+      if (is_state) {
+#pragma unroll
+        for (int v = 0; v < kVec; ++v) store_any(p.dinitial.data, p.dinitial.dtype, p.dinitial.index(o.b, o.d + v, state), dx[v]);
+      } else {
+        store_channels<kVec>(p.dx, o.b, o.d, done, dx);
+      }
+    }
+#pragma unroll
+    for (int v = 0; v < kVec; ++v) past[2][v] = past[1][v], past[1][v] = past[0][v], past[0][v] = x[v];
+    seq_past[2] = seq_past[1], seq_past[1] = seq_past[0], seq_past[0] = seq;
+  }
+  if (!p.partial) return;
+  float* partial = p.partial + ((o.b * p.runs + o.run) * (p.width + 1)) * p.dim + o.d;
+#pragma unroll
+  for (int j = 0; j < kTaps; ++j) {
+    if (j >= p.width) continue;
+#pragma unroll
+    for (int v = 0; v < kVec; ++v) store(partial + (p.width - 1 - j) * p.dim + v, dw[j][v]);
+  }
+#pragma unroll
+  for (int v = 0; v < kVec; ++v) store(partial + p.width * p.dim + v, dbias[v]);
+}
+
+// ---- time -----------------------------------------------------------------------------------------------------------------------------
+
+// Steps t .. t + kVec - 1 of a channel whose steps lie next to each other, upwards or downwards in memory.
+template <int kVec, class T>
+__device__ void load_steps(const T* p, int64_t stride, float* v) {
+  float packet[kVec];
+  load_many_readonly<kVec>(stride > 0 ? p : p - (kVec - 1), packet);
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) v[i] = stride > 0 ? packet[i] : packet[kVec - 1 - i];
+}
+
+template <int kVec, class T>
+__device__ void store_steps(T* p, int64_t stride, const float (&v)[kVec]) {
+  float packet[kVec];
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) packet[i] = stride > 0 ? v[i] : v[kVec - 1 - i];
+  store_many<kVec>(stride > 0 ? p : p - (kVec - 1), packet);
+}
+
+// x of steps t - 3 .. t + kVec - 1 + after into `x`, for the lane's own steps t .. t + kVec - 1. All lanes of the warp must come here.
+template <int kVec, int kAfter, class T>
+__device__ void load_with_halo(const ConvParams<T>& p, int64_t b, int64_t d, int64_t t, float (&x)[kHalo + kVec + kAfter]) {
+  const int lane = threadIdx.x % 32;
+  const bool inside = t < p.seqlen;
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) x[kHalo + i] = 0.0f;
+  if (inside) {
+    if constexpr (kVec == 1) {
+      x[kHalo] = load_readonly(p.x.at(b, d, t));
+    } else {
+      load_steps<kVec>(p.x.at(b, d, t), p.x.time, x + kHalo);
+    }
+  }
+#pragma unroll
+  for (int k = 1; k <= kHalo; ++k) {  // before
+    float v = 0.0f;
+    if constexpr (kVec >= kHalo) v = __shfl_up_sync(~0u, x[kHalo + kVec - k], 1);
+    if ((kVec < kHalo || lane == 0) && inside && k < p.width) v = p.input(b, d, t - k);
+    x[kHalo - k] = v;
+  }
+#pragma unroll
+  for (int k = 0; k < kAfter; ++k) {
+    float v = 0.0f;
+    if constexpr (kVec >= kHalo) v = __shfl_down_sync(~0u, x[kHalo + k], 1);
+    if (kVec < kHalo || lane == 31) v = t + kVec + k < p.seqlen ? load_readonly(p.x.at(b, d, t + kVec + k)) : 0.0f;
+    x[kHalo + kVec + k] = v;
+  }
+}
+
+template <class T>
+__device__ float convolve(const ConvParams<T>& p, int64_t b, int64_t t, const float (&w)[kTaps], float bias, const float* x) {
+  float out = bias + w[0] * x[0];
+  const int64_t seq = p.seq ? p.sequence(b, t) : 0;
+#pragma unroll
+  for (int j = 1; j < kTaps; ++j)
+    if (j < p.width && !(p.seq && p.sequence(b, t - j) != seq)) out += w[j] * x[-j];
+  return out;
+}
+
+// The row and run of a warp. Rows are counted with the channel running fastest.
+struct Row {
+  int64_t b, d, run, first, last;
+  bool any;
+};
+
+template <class Params>
+__device__ Row warp_row(const Params& p) {
+  const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / 32;
+  Row r;
+  r.run = i % p.runs;
+  r.d = i / p.runs % p.dim;
+  r.b = i / p.runs / p.dim;
+  r.any = r.b < p.batch;
+  r.first = r.run * p.steps;
+  r.last = min(r.first + p.steps, p.seqlen);
+  return r;
+}
+
+template <class T, int kVec>
+__global__ void __launch_bounds__(kThreads) conv_forward_time(const ConvParams<T> p) {
+  const Row r = warp_row(p);
+  if (!r.any) return;  // whole warps
+  const int lane = threadIdx.x % 32;
+  float w[kTaps];
+#pragma unroll
+  for (int j = 0; j < kTaps; ++j) w[j] = j < p.width ? p.tap(r.d, j) : 0.0f;
+  const float bias = p.bias ? load_readonly(p.bias + r.d) : 0.0f;
+  for (int64_t t0 = r.first; t0 < r.last; t0 += 32 * kVec) {
+    const int64_t t = t0 + lane * kVec;
+    float x[kHalo + kVec];
+    load_with_halo<kVec, 0>(p, r.b, r.d, t, x);
+    if (t >= r.last) continue;
+    float out[kVec];
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      out[i] = convolve(p, r.b, t + i, w, bias, x + kHalo + i);
+      if (p.silu) out[i] = silu(out[i]);
+    }
+    if constexpr (kVec == 1) {
+      store(p.out.at(r.b, r.d, t), out[0]);
+    } else {
+      store_steps<kVec>(p.out.at(r.b, r.d, t), p.out.time, out);
+    }
+    if (!p.final_states.data || t + kVec != p.seqlen) continue;
+#pragma unroll
+    for (int j = 0; j < kHalo; ++j)
+      if (j < p.width - 1) {
+        const int64_t index = p.final_states.index(r.b, r.d, p.width - 2 - j);
+        store_any(p.final_states.data, p.final_states.dtype, index, x[kHalo + kVec - 1 - j]);
+      }
+  }
+}
+
+template <class T, int kVec>
+__global__ void __launch_bounds__(kThreads) conv_backward_time(const ConvParams<T> p) {
+  const Row r = warp_row(p);
+  if (!r.any) return;  // whole warps
+  const int lane = threadIdx.x % 32;
+  float w[kTaps], dw[kTaps] = {}, dbias = 0.0f;
+#pragma unroll
+  for (int j = 0; j < kTaps; ++j) w[j] = j < p.width ? p.tap(r.d, j) : 0.0f;
+  const float bias = p.bias ? load_readonly(p.bias + r.d) : 0.0f;
+  for (int64_t t0 = r.first; t0 < r.last; t0 += 32 * kVec) {
+    const int64_t t = t0 + lane * kVec;
+    float x[kHalo + kVec + kHalo], dpre[kVec + kHalo];
+    load_with_halo<kVec, kHalo>(p, r.b, r.d, t, x);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) dpre[i] = 0.0f;
+    if (t < p.seqlen) {
+      if constexpr (kVec == 1) {
+        dpre[0] = load_readonly(p.dout.at(r.b, r.d, t));
+      } else {
+        load_steps<kVec>(p.dout.at(r.b, r.d, t), p.dout.time, dpre);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < kHalo; ++k) {
+      float v = 0.0f;
+      if constexpr (kVec >= kHalo) v = __shfl_down_sync(~0u, dpre[k], 1);
+      if (kVec < kHalo || lane == 31) v = t + kVec + k < p.seqlen ? load_readonly(p.dout.at(r.b, r.d, t + kVec + k)) : 0.0f;
+      dpre[kVec + k] = v;
+    }
+    if (t >= r.last) continue;
+#pragma unroll
+    for (int i = 0; i < kVec + kHalo; ++i) {
+      const bool inside = t + i < p.seqlen;
+      if (p.silu && inside) dpre[i] *= silu_slope(convolve(p, r.b, t + i, w, bias, x + kHalo + i));
+      if (!inside) dpre[i] = 0.0f;
+    }
+    float dx[kVec];
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) {
+      const int64_t seq = p.seq ? p.sequence(r.b, t + i) : 0;
+      dbias += dpre[i];
+      dx[i] = 0.0f;
+#pragma unroll
+      for (int j = 0; j < kTaps; ++j) {
+        if (j >= p.width) continue;
+        if (!(p.seq && j && p.sequence(r.b, t + i - j) != seq)) dw[j] += dpre[i] * x[kHalo + i - j];
+        if (t + i + j < p.seqlen && !(p.seq && j && p.sequence(r.b, t + i + j) != seq)) dx[i] += w[j] * dpre[i + j];
+      }
+      const int64_t kept = t + i + p.width - 1 - p.seqlen;
+      if (p.dfinal.data && kept >= 0) dx[i] += load_any(p.dfinal.data, p.dfinal.dtype, p.dfinal.index(r.b, r.d, kept));
+    }
+    if (p.dx.data) {
+      if constexpr (kVec == 1) {
+        store(p.dx.at(r.b, r.d, t), dx[0]);
+      } else {
+        store_steps<kVec>(p.dx.at(r.b, r.d, t), p.dx.time, dx);
+      }
+    }
+    if (p.dinitial.data && kVec > 1 && t == 0) {
+      for (int k = 0; k < p.width - 1; ++k) {  // step k - (width - 1), before the row
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < kHalo; ++i) {  // it is a tap of step i
+          const int j = i - k + p.width - 1;
+          if (j >= p.width || i >= p.seqlen || (p.seq && p.sequence(r.b, i) != p.sequence(r.b, 0))) continue;
+          sum += p.tap(r.d, j) * dpre[i];
+        }
+        if (p.dfinal.data && k >= p.seqlen) sum += load_any(p.dfinal.data, p.dfinal.dtype, p.dfinal.index(r.b, r.d, k - p.seqlen));
+        store_any(p.dinitial.data, p.dinitial.dtype, p.dinitial.index(r.b, r.d, k), sum);
+      }
+    }
+  }
+  if (!p.partial) return;
+  float* partial = p.partial + ((r.b * p.runs + r.run) * (p.width + 1)) * p.dim + r.d;
+#pragma unroll
+  for (int j = 0; j <= kTaps; ++j) {
+    float sum = j < kTaps ? dw[j < kTaps ? j : 0] : dbias;
+#pragma unroll
+    for (int k = 16; k > 0; k /= 2) sum += __shfl_xor_sync(~0u, sum, k);
+    if (lane == 0 && j < p.width) store(partial + (p.width - 1 - j) * p.dim, sum);
+    if (lane == 0 && j == kTaps) store(partial + p.width * p.dim, sum);
+  }
+}
+
+// ---- launching ------------------------------------------------------------------------------------------------------------------------
+
+template <class T>
+Rows<T> rows_of(const Tensor& t, bool reverse) {
+  Rows<T> rows{reinterpret_cast<T*>(t.data), t.stride[0], t.stride[1], t.stride[2]};
+  if (reverse && t) rows.data += (t.size[2] - 1) * t.stride[2], rows.time = -rows.time;
+  return rows;
+}
+
+States states_of(const Tensor& t) { return {t.data, t.dtype, t.stride[0], t.stride[1], t.stride[2]}; }
+
+template <class T>
+ConvParams<T> params_of(const ConvArgs& a) {
+  ConvParams<T> p{};
+  p.x = rows_of<const T>(a.x, a.reverse), p.dout = rows_of<const T>(a.dout, a.reverse);
+  p.out = rows_of<T>(a.out, a.reverse), p.dx = rows_of<T>(a.dx, a.reverse);
+  p.weight = reinterpret_cast<const float*>(a.weight.data), p.bias = reinterpret_cast<const float*>(a.bias.data);
+  p.seq = a.seq_idx.data, p.seq_dtype = a.seq_idx.dtype, p.seq_batch = a.seq_idx.stride[0], p.seq_time = a.seq_idx.stride[1];
+  p.batch = a.x.size[0], p.dim = a.x.size[1], p.seqlen = a.x.size[2], p.width = int(a.weight.size[1]), p.silu = a.silu;
+  if (a.reverse && p.seq) p.seq += (p.seqlen - 1) * p.seq_time * item_size(p.seq_dtype), p.seq_time = -p.seq_time;
+  p.initial = states_of(a.initial_states), p.final_states = states_of(a.final_states);
+  p.dfinal = states_of(a.dfinal_states), p.dinitial = states_of(a.dinitial_states);
+  p.partial = reinterpret_cast<float*>(a.partial.data);
+  p.steps = a.steps, p.runs = ceil_div(p.seqlen, p.steps);
+  return p;
+}
+
+// Neighbours along `axis` lie next to each other and can be moved in packets of kVec.
+template <class T, int kVec>
+bool packets_along(int axis, std::initializer_list<const Tensor*> tensors) {
+  for (const Tensor* t : tensors) {
+    if (!*t) continue;
+    constexpr int64_t kBytes = kVec * int64_t(sizeof(T));
+    const int other = 3 - axis;
+    if (t->stride[axis] != 1 || t->size[axis] % kVec || reinterpret_cast<uintptr_t>(t->data) % kBytes || t->stride[0] * int64_t(sizeof(T)) % kBytes ||
+        t->stride[other] * int64_t(sizeof(T)) % kBytes)
+      return false;
+  }
+  return true;
+}
+
+template <class T, int kVec>
+const char* launch_channels(const char* name, void (*kernel)(ConvParams<T>), ConvParams<T> p, const Launch& at) {
+  p.lanes = p.dim / kVec;
+  const int64_t threads = p.batch * p.runs * p.lanes;
+  return launch(name, kernel, dim3(unsigned(ceil_div<int64_t>(threads, kThreads))), dim3(kThreads), 0, at, p);
+}
+
+template <class T>
+const char* launch_time(const char* name, void (*kernel)(ConvParams<T>), const ConvParams<T>& p, const Launch& at) {
+  const int64_t warps = p.batch * p.runs * p.dim;
+  return launch(name, kernel, dim3(unsigned(ceil_div<int64_t>(warps, kThreads / 32))), dim3(kThreads), 0, at, p);
+}
+
+const char* sizes_behind(const char* error, const ConvArgs& a) {
+  return with_sizes(error, "batch=%lld, dim=%lld, seqlen=%lld, width=%lld", (long long)a.x.size[0], (long long)a.x.size[1], (long long)a.x.size[2],
+                    (long long)a.weight.size[1]);
+}
+
+bool along_time(const ConvArgs& a) { return (a.x.stride[2] == 1 || a.x.size[2] == 1) && a.x.stride[1] != 1; }
+
+}  // namespace
+
+const char* conv_forward(const Launch& at, const ConvArgs& a) {
+  const char* error = nullptr;
+  PIXELBYTES_DISPATCH_FLOAT(a.x.dtype, T, {
+    constexpr int kVec = 16 / sizeof(T);
+    const ConvParams<T> p = params_of<T>(a);
+    if (along_time(a))
+      error = packets_along<T, kVec>(2, {&a.x, &a.out}) ? launch_time<T>("conv_forward_time", conv_forward_time<T, kVec>, p, at)
+                                                        : launch_time<T>("conv_forward_time", conv_forward_time<T, 1>, p, at);
+    else
+      error = packets_along<T, kVec>(1, {&a.x, &a.out}) ? launch_channels<T, kVec>("conv_forward_channels", conv_forward_channels<T, kVec>, p, at)
+                                                        : launch_channels<T, 1>("conv_forward_channels", conv_forward_channels<T, 1>, p, at);
+  })
+  return sizes_behind(error, a);
+}
+
+const char* conv_backward(const Launch& at, const ConvArgs& a) {
+  const char* error = nullptr;
+  PIXELBYTES_DISPATCH_FLOAT(a.x.dtype, T, {
+    constexpr int kVec = 4;
+    const ConvParams<T> p = params_of<T>(a);
+    // Only kVec > 1 of the time arrangement has the steps at hand that an initial state reaches.
+    const bool time = along_time(a) && packets_along<T, kVec>(2, {&a.x, &a.dout, &a.dx});
+    if (time)
+      error = launch_time<T>("conv_backward_time", conv_backward_time<T, kVec>, p, at);
+    else if (along_time(a) && !a.dinitial_states)
+      error = launch_time<T>("conv_backward_time", conv_backward_time<T, 1>, p, at);
+    else
+      error = packets_along<T, kVec>(1, {&a.x, &a.dout, &a.dx})
+                  ? launch_channels<T, kVec>("conv_backward_channels", conv_backward_channels<T, kVec>, p, at)
+                  : launch_channels<T, 1>("conv_backward_channels", conv_backward_channels<T, 1>, p, at);
+  })
+  if (!error && a.partial)
+    error = ordered_sum(at, reinterpret_cast<const float*>(a.partial.data), a.partial.size[0], a.partial.size[1] * a.partial.size[2],
+                        reinterpret_cast<float*>(a.sums.data));
+  return sizes_behind(error, a);
+}
+
+}  // namespace pixelbytes::cuda

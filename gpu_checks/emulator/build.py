@@ -1,0 +1,76 @@
+"""Builds the module `_cuda` for the CPU, from the very sources of csrc/cuda, and loads it.
+
+    python gpu_checks/emulator/build.py      builds and prints the file
+
+The objects and the module lie under build/emulator (or the folder that PIXELBYTES_EMULATOR_BUILD names); what is up to date stays.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import importlib.machinery
+import importlib.util
+import os
+import platform
+import sys
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "build_tools"))
+
+from kernels_build import Job, compile_all, find_cxx, link_command, run_tool  # noqa: E402
+
+FLAGS = [
+    "-O2",
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-DPIXELBYTES_EMULATE",
+    '-DPIXELBYTES_CUDA_ARCHS="emulated"',
+]
+WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
+
+
+def jobs(build: Path, cxx: list[str]) -> list[Job]:
+    """One object for each source of csrc/cuda and for the emulator itself."""
+    import pybind11
+
+    cuda, emulator = ROOT / "csrc" / "cuda", ROOT / "gpu_checks" / "emulator"
+    includes = [f"-I{folder}" for folder in (emulator, pybind11.get_include(), sysconfig.get_path("include"))]
+    sources = [*sorted(cuda.glob("*.cu")), *sorted(cuda.glob("*.cpp")), emulator / "emulator.cpp"]
+    command = [*cxx, *FLAGS, *WARNINGS, *includes]
+    return [Job(build / f"{p.name}.o", [*command, "-x", "c++", "-c", str(p)]) for p in sources]
+
+
+def build_emulated(folder: Path | None = None) -> Path:
+    """The path of the module, built anew where a source or header has changed."""
+    folder = folder or Path(os.environ.get("PIXELBYTES_EMULATOR_BUILD") or ROOT / "build" / "emulator")
+    folder.mkdir(parents=True, exist_ok=True)
+    module = folder / f"_cuda{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+    with open(folder / "lock", "w") as lock:  # several test processes may ask at once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        cxx = find_cxx(os.environ)
+        wanted = jobs(folder, cxx)
+        if compile_all(wanted, os.environ) or not module.exists():
+            aside = module.with_suffix(".new")
+            run_tool([*link_command(cxx, [job.object for job in wanted], [], platform.system()), "-o", str(aside)])
+            os.replace(aside, module)
+    return module
+
+
+@functools.cache
+def load_emulated() -> ModuleType:
+    """The module, to be put in the place of `pixelbytes_kernels._cuda`."""
+    path = build_emulated()
+    spec = importlib.util.spec_from_file_location("pixelbytes_kernels._cuda", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+if __name__ == "__main__":
+    print(build_emulated())
