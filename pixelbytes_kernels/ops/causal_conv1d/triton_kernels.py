@@ -42,10 +42,11 @@ def past_input(
 @triton.jit
 def step_index(row, s, stride, seqlen, REVERSE: tl.constexpr, SEQ: tl.constexpr):
     """The sequence that step s belongs to; initial states belong to the first one."""
+    index = s
     if SEQ:
         inside = tl.minimum(tl.maximum(s, 0), seqlen - 1)
-        return tl.load(row + place(inside, seqlen, REVERSE) * stride)
-    return 0
+        index = tl.load(row + place(inside, seqlen, REVERSE) * stride)
+    return index
 
 
 @triton.jit

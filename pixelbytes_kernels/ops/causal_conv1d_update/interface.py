@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,7 @@ from ..._check import require_device, require_floats, require_shape
 from ..causal_conv1d.interface import check_conv
 from .reference import causal_conv1d_update_ref
 
-IMPLEMENTED = ("reference", "torch", "cpu")
+IMPLEMENTED = ("reference", "torch", "cpu", "triton")
 
 
 @torch.no_grad()
@@ -55,10 +57,5 @@ def causal_conv1d_update(
     name = resolve(op, backend, x, IMPLEMENTED)
     if name in ("reference", "torch"):
         return causal_conv1d_update_ref(x, conv_state, weight, bias, "silu" if silu else None)
-    from ..causal_conv1d.cpu import forward
-
-    steps = x[..., None] if x.ndim == 2 else x
-    past = conv_state[..., conv_state.shape[2] - (width - 1) :]
-    out, _ = forward((steps, weight, bias, None, past), silu, False, False)
-    conv_state.copy_(torch.cat([conv_state, steps.to(conv_state.dtype)], dim=-1)[..., steps.shape[2] :])
-    return out[..., 0] if x.ndim == 2 else out
+    update = importlib.import_module(f".{name}", __package__).update
+    return update(x, conv_state, weight, bias, silu)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import Tensor
 
-from ..._backend import load_extension, resolve
+from ..._backend import resolve
 from ..._check import require_device, require_floats, require_shape
 from .reference import selective_state_update_ref
 
-IMPLEMENTED = ("reference", "torch", "cpu")
+IMPLEMENTED = ("reference", "torch", "cpu", "triton")
 
 
 @torch.no_grad()
@@ -74,12 +76,6 @@ def selective_state_update(
     chosen = resolve(op, backend, x, IMPLEMENTED)
     if chosen in ("reference", "torch"):
         return selective_state_update_ref(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
-    cpu, reason = load_extension("_cpu")
-    if cpu is None:
-        raise RuntimeError(reason)
-    out = torch.empty_like(x)
-    if x.numel():
-        B, C = (t[:, None] if t.ndim == 2 else t for t in (B, C))
-        double = torch.float64 in (x.dtype, state.dtype)
-        cpu.state_update(state, x, dt, A, B, C, D, z, dt_bias, out, dt_softplus, double, torch.get_num_threads())
-    return out
+    B, C = (t[:, None] if t.ndim == 2 else t for t in (B, C))
+    update = importlib.import_module(f".{chosen}", __package__).update
+    return update(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
