@@ -1,6 +1,4 @@
-"""`bidirectional_selective_scan`: both directions in one call, against two scans with flips. What is measured stands
-in scans.py.
-"""
+"""`bidirectional_selective_scan`: both directions in one call, against two scans with flips. What is measured stands in scans.py."""
 
 from __future__ import annotations
 
@@ -16,5 +14,5 @@ def rows(setup: Setup) -> Iterator[Row]:
     yield from scans.rows(setup, OP)
 
 
-def workload(contestant: str, sizes: Mapping[str, int]) -> Run:
-    return scans.workload(OP, contestant, sizes)
+def workload(setup: Setup, contestant: str, sizes: Mapping[str, int]) -> Run:
+    return scans.workload(setup, OP, contestant, sizes)

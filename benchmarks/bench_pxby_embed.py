@@ -8,59 +8,44 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from benchmarks.harness import (
-    OURS,
-    Goal,
-    Row,
-    Setup,
-    alternate,
-    refusal,
-    saved_bytes,
-    time_rows,
-    timed_pass,
-    value_rows,
-    words,
-)
+from benchmarks import counts, plain
+from benchmarks.contestants import auto, backends
+from benchmarks.harness import Row, Setup, measure, refusal, saved_bytes, timed_pass, value_rows, words
 from pixelbytes_kernels import pxby_embed, pxby_embed_ref
 from pixelbytes_kernels.testing import embed_inputs
 
 OP = "pxby_embed"
-EAGER = "eager"
-# batch, seqlen, vocab, dim, dtype of the ids; goals of time against eager PyTorch
-CASES: list[tuple[int, int, int, int, torch.dtype, Goal | None]] = [
-    (32, 256, 113, 64, torch.int64, Goal(8, 12)),
-    (32, 1024, 113, 64, torch.int64, Goal(12, 20)),
-    (32, 256, 113, 64, torch.uint8, None),
-    (32, 256, 113, 81, torch.int64, None),
-    (32, 256, 320, 256, torch.int16, None),
-    (1, 64, 113, 64, torch.int64, None),
-    (1, 1, 113, 64, torch.int64, None),
+# batch, seqlen, vocab, dim, dtype of the ids
+CASES: list[tuple[int, int, int, int, torch.dtype]] = [
+    (32, 256, 113, 64, torch.int64),
+    (32, 1024, 113, 64, torch.int64),
+    (32, 256, 113, 64, torch.uint8),
+    (32, 256, 113, 81, torch.int64),
+    (32, 256, 320, 256, torch.int16),
+    (1, 64, 113, 64, torch.int64),
+    (1, 1, 113, 64, torch.int64),
 ]
-SAVED_GOAL = Goal(8)
+
+
+def contestants(setup: Setup) -> dict[str, Callable[..., Tensor]]:
+    return {**backends(setup, OP, pxby_embed), "reference": pxby_embed_ref, "compile": plain.compiled(pxby_embed_ref)}
 
 
 def rows(setup: Setup) -> Iterator[Row]:
-    contestants: dict[str, Callable[..., Tensor]] = {
-        OURS: pxby_embed,
-        EAGER: pxby_embed_ref,
-        "torch path": functools.partial(pxby_embed, backend="torch"),
-    }
-    for batch, seqlen, vocab, dim, ids, goal in CASES[: 2 if setup.quick else None]:
+    entrants = contestants(setup)
+    chosen = [c for c in entrants if not (setup.quick and c == "compile")]
+    for batch, seqlen, vocab, dim, ids in CASES[: 2 if setup.quick else None]:
         sizes = words(
             {"batch": batch, "seqlen": seqlen, "vocab": vocab, "dim": dim, "ids": str(ids).removeprefix("torch.")}
         )
-        setup.report(f"{OP} {sizes}")
-        inputs = embed_inputs(batch, seqlen, vocab, dim, ids=ids)
-        found = {c: refusal(op, pxby_embed_ref, inputs) for c, op in contestants.items() if c != EAGER}
+        setup.report(f"{OP} {sizes} {setup.dtype_name}")
+        inputs = setup.place(embed_inputs(batch, seqlen, vocab, dim, dtype=setup.dtype, ids=ids))
+        found = {c: refusal(entrants[c], pxby_embed_ref, inputs) for c in chosen if c != "reference"}
         refused = {c: why for c, why in found.items() if why}
         weights = [t.requires_grad_() for t in inputs.values() if t is not None and t.is_floating_point()]
-        calls = {c: functools.partial(op, **inputs) for c, op in contestants.items() if c not in refused}
-        runs = {c: timed_pass(call, weights) for c, call in calls.items()}
-        measured = alternate(runs, setup.budget / 2, setup.least, setup.most)
-        # Unavoidable: ids in, twice; output out, its gradient in.
-        traffic = 2.0 * inputs["tokens"].nbytes + 2 * batch * seqlen * dim * 4
-        goals = {EAGER: goal} if goal else {}
-        yield from time_rows(setup, OP, sizes, measured, refused, goals, traffic=traffic)
-        kept = {c: saved_bytes(call, weights) for c, call in calls.items()}
-        bound = {EAGER: SAVED_GOAL} if goal else {}
-        yield from value_rows(setup, OP, "saved for backward", sizes, kept, "bytes", bound, "weights not counted")
+        calls = {c: functools.partial(entrants[c], **inputs) for c in chosen if c not in refused}
+        runs = {c: timed_pass(setup, call, weights) for c, call in calls.items()}
+        work = counts.embed(batch, seqlen, dim, inputs["tokens"].element_size(), setup.itemsize)
+        yield from measure(setup, OP, sizes, runs, refused, share=0.5, work=work, backend=auto(setup, OP))
+        kept = {c: saved_bytes(call, weights) for c, call in calls.items() if c != "compile"}
+        yield from value_rows(setup, OP, "saved for backward", sizes, kept, "bytes", "weights not counted")

@@ -14,5 +14,5 @@ def rows(setup: Setup) -> Iterator[Row]:
     yield from scans.rows(setup, OP)
 
 
-def workload(contestant: str, sizes: Mapping[str, int]) -> Run:
-    return scans.workload(OP, contestant, sizes)
+def workload(setup: Setup, contestant: str, sizes: Mapping[str, int]) -> Run:
+    return scans.workload(setup, OP, contestant, sizes)

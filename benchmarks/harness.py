@@ -1,8 +1,8 @@
 """How everything here is measured: checked first, then alternated in one process, medians with quantiles, and bytes by
 counting.
 
-A row is one figure of one contestant. The first contestant of a group (op, what, sizes) is ours; the others carry how
-many times worse they are, as `ratio`.
+A row is one figure of one contestant. The contestant `OURS` of a group (op, what, sizes, dtype, device) is the backend
+that "auto" takes there; the others carry how many times worse they are, as `ratio`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.clock import Clock
+from benchmarks.counts import Work
 from pixelbytes_kernels.testing import Inputs, assert_matches, error
 
 OURS = "ours"  # the backend that "auto" takes here
@@ -65,26 +67,22 @@ class Row:
     low: float = math.nan
     high: float = math.nan
     ratio: float | None = None  # value over that of ours
-    goal: Goal | None = None
     threads: int = 1
-    traffic: float | None = None  # bytes that cannot be avoided, for the share of the copy bandwidth
-    gflops: float | None = None  # GFLOP/s, where the arithmetic is counted
+    device: str = "cpu"
+    backend: str = ""  # of ours: which one "auto" took
+    work: Work | None = None  # what cannot be avoided: bytes moved and operations
     note: str = ""
-
-    @property
-    def verdict(self) -> str:
-        if self.goal is None:
-            return ""
-        figure = self.value if self.goal.of == "value" else self.ratio
-        return self.goal.verdict(math.nan if figure is None else figure)
+    machine: str = ""  # where it was measured, if not here: a figure that somebody published
 
 
 @dataclass(frozen=True)
 class Setup:
-    """How thorough a run is."""
+    """What is measured on, and how thoroughly."""
 
     quick: bool = False
     threads: int = 1
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
     seconds: float = 8.0  # that one group of contestants may take
     most: int = 25  # rounds
     least: int = 3
@@ -93,6 +91,32 @@ class Setup:
     @property
     def budget(self) -> float:
         return self.seconds / 4 if self.quick else self.seconds
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device != "cpu"
+
+    @property
+    def kind(self) -> str:
+        """ "cpu" or "cuda"."""
+        return self.device.partition(":")[0]
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def itemsize(self) -> int:
+        return torch.empty(0, dtype=self.dtype).element_size()
+
+    def row(self, op: str, what: str, sizes: str, contestant: str, value: float, unit: str, **more: Any) -> Row:
+        """A row made under this setup."""
+        about = {"dtype": self.dtype_name, "threads": self.threads, "device": self.kind}
+        return Row(op=op, what=what, sizes=sizes, contestant=contestant, value=value, unit=unit, **{**about, **more})
+
+    def place(self, inputs: Mapping[str, Any]) -> Inputs:
+        """The inputs on this device, with their strides."""
+        return {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
 
 # ---- time ------------------------------------------------------------------------------------------------------------
@@ -113,21 +137,28 @@ def spread(samples: Sequence[float]) -> Spread:
     return Spread(quantile(0.5), quantile(0.2), quantile(0.8))
 
 
-def alternate(runs: Mapping[str, Run], budget: float, least: int = 3, most: int = 25) -> dict[str, dict[str, Spread]]:
+def warmed(run: Run) -> float:
+    """Seconds of a run after the first one or two, which compile and fill caches."""
+    taken = 0.0
+    for _ in range(2):  # a first run of some seconds tells enough by itself
+        start = time.perf_counter()
+        run()
+        taken = time.perf_counter() - start
+        if 2 < taken < 20:  # seconds; longer ones may have been compiling
+            break
+    return taken
+
+
+def alternate(
+    runs: Mapping[str, Run], budget: float, least: int = 3, most: int = 25, own: Mapping[str, float] | None = None
+) -> dict[str, dict[str, Spread]]:
     """Seconds by contestant and part. Every round runs each contestant, beginning with another one each time.
 
-    The first one or two runs of each are thrown away (they compile and fill caches). A contestant that takes little
-    time is run up to five times a round, so that a median of few rounds rests on more samples.
+    `own`: seconds of one run of each, if they are warm. A contestant that takes little time is run up to five times a
+    round, so that a median of few rounds rests on more samples.
     """
-    own: dict[str, float] = {}
-    for name, run in runs.items():
-        for _ in range(2):  # a first run of some seconds tells enough by itself
-            start = time.perf_counter()
-            run()
-            own[name] = time.perf_counter() - start
-            if 2 < own[name] < 20:  # seconds; longer ones may have been compiling
-                break
-    repeats = {name: max(1, min(5, int(0.05 / max(taken, 1e-9)))) for name, taken in own.items()}
+    own = own or {name: warmed(run) for name, run in runs.items()}
+    repeats = {name: max(1, min(5, int(0.05 / max(own[name], 1e-9)))) for name in runs}
     per_round = sum(repeats[name] * own[name] for name in runs)
     rounds = max(least, min(most, int(budget / max(per_round, 1e-9))))
     samples: dict[str, dict[str, list[float]]] = {name: {} for name in runs}
@@ -141,20 +172,21 @@ def alternate(runs: Mapping[str, Run], budget: float, least: int = 3, most: int 
     return {name: {part: spread(taken) for part, taken in parts.items()} for name, parts in samples.items()}
 
 
-def timed_pass(call: Call, wanted: Sequence[Tensor]) -> Run:
+def timed_pass(setup: Setup, call: Call, wanted: Sequence[Tensor]) -> Run:
     """A run of `call` and of the gradients of `wanted`, with the seconds of each and of both."""
+    clock = Clock(setup.device)
     dout: list[Tensor] = []
 
     def run() -> dict[str, float]:
-        start = time.perf_counter()
+        clock.start()
         out = call()
-        between = time.perf_counter()
+        clock.mark()
         if not dout:
             dout.append(torch.randn_like(out))
-        resumed = time.perf_counter()
+        clock.mark()
         torch.autograd.grad(out, wanted, dout[0])
-        end = time.perf_counter()
-        forward, backward = between - start, end - resumed
+        clock.mark()
+        forward, _, backward = clock.stop()
         return {"forward": forward, "backward": backward, BOTH: forward + backward}
 
     return run
@@ -183,10 +215,25 @@ def saved_bytes(call: Callable[[], Any], without: Sequence[Tensor] = ()) -> int:
     return total
 
 
-def peak_bytes(op: str, contestant: str, sizes: Mapping[str, int]) -> int | None:
-    """Highest resident memory above the start of one pass, in a process of its own; None where the system does not
-    tell.
+PEAK_OF = {"cpu": "peak resident memory above start", "cuda": "peak allocated memory above start"}
+
+
+def peak_bytes(setup: Setup, op: str, contestant: str, sizes: Mapping[str, int], make: Callable[[], Run]) -> int | None:
+    """Highest memory above the start of one pass; None where the system does not tell.
+
+    On a GPU what the allocator gave out to the run that `make` returns; on a CPU what is resident, in a process of its
+    own (see peak.py).
     """
+    if setup.on_gpu:
+        try:
+            run = make()
+            run()
+            torch.cuda.reset_peak_memory_stats(setup.device)
+            before = torch.cuda.memory_allocated(setup.device)
+            run()
+            return torch.cuda.max_memory_allocated(setup.device) - before
+        except torch.cuda.OutOfMemoryError:
+            return None
     arguments = [op, contestant, *(f"{name}={size}" for name, size in sizes.items())]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.peak", *arguments], capture_output=True, text=True, check=False, timeout=600
@@ -199,6 +246,11 @@ def peak_bytes(op: str, contestant: str, sizes: Mapping[str, int]) -> int | None
 # ---- the gate --------------------------------------------------------------------------------------------------------
 
 
+def why_not(failed: Exception) -> str:
+    """What a contestant that raised says in the table, on one line."""
+    return f"cannot run: {type(failed).__name__}: {' '.join(str(failed).split())[:200]}"
+
+
 def refusal(
     op: Callable[..., Any], reference: Callable[..., Any], inputs: Inputs, options: Mapping[str, Any] | None = None
 ) -> str:
@@ -207,8 +259,8 @@ def refusal(
         assert_matches(op, reference, inputs, options=options)
     except AssertionError as failed:
         return f"refused: {failed}"
-    except RuntimeError as failed:
-        return f"cannot run: {' '.join(str(failed).split())[:200]}"
+    except Exception as failed:  # peers and compilers raise what they like; the reason stands in the table
+        return why_not(failed)
     return ""
 
 
@@ -239,59 +291,63 @@ def time_rows(
     sizes: str,
     measured: Mapping[str, Mapping[str, Spread]],
     refused: Mapping[str, str],
-    goals: Mapping[str, Goal] | None = None,
     *,
     of: str = BOTH,
     unit: str = "ms",
-    traffic: float | None = None,
+    work: Mapping[str, Work] | None = None,
+    backend: str = "",
     notes: Mapping[str, str] | None = None,
 ) -> Iterator[Row]:
-    """Rows of every part of `measured`; `goals` by contestant, for the part `of`, to which `traffic` belongs."""
+    """Rows of every part of `measured`; those in `refused` have one without a figure, for the part `of`."""
     factor = {"ms": 1e3, "us": 1e6}[unit]
     notes = notes or {}
-    parts = list(next(iter(measured.values()), {of: None}))
-    for part in parts:
+    for part in list(next(iter(measured.values()), {of: None})):
         ours = measured[OURS][part].median if OURS in measured else math.nan
         for name in [*measured, *refused]:
-            wanted = (goals or {}).get(name) if part == of else None
+            named = backend if name == OURS else ""
             if name in refused:
                 if part == of:
-                    yield Row(op, part, sizes, "float32", name, math.nan, unit, goal=wanted, note=refused[name])
+                    yield setup.row(op, part, sizes, name, math.nan, unit, backend=named, note=refused[name])
                 continue
             s = measured[name][part]
-            yield Row(
-                op, part, sizes, "float32", name, s.median * factor, unit, s.low * factor, s.high * factor,
-                None if name == OURS else s.median / ours, wanted, setup.threads,
-                traffic if name == OURS and part == of else None, note=notes.get(name, ""),
+            ratio = None if name == OURS or math.isnan(ours) else s.median / ours
+            yield setup.row(
+                op, part, sizes, name, s.median * factor, unit, low=s.low * factor, high=s.high * factor,
+                ratio=ratio, backend=named, work=(work or {}).get(part), note=notes.get(name, ""),
             )  # fmt: skip
 
 
 def value_rows(
-    setup: Setup,
-    op: str,
-    what: str,
-    sizes: str,
-    values: Mapping[str, Any],
-    unit: str,
-    goals: Mapping[str, Goal],
-    note: str = "",
+    setup: Setup, op: str, what: str, sizes: str, values: Mapping[str, Any], unit: str, note: str = ""
 ) -> Iterator[Row]:
     """Rows of figures that are counted, not timed. None: this system does not tell."""
     ours = values.get(OURS)
     for name, value in values.items():
         ratio = None if name == OURS or not ours or value is None else value / ours
-        text = note if value is not None else "this system does not tell"
+        text = note if value is not None else "not to be had here: no /proc, or out of memory"
         number = math.nan if value is None else value
-        yield Row(
-            op,
-            what,
-            sizes,
-            "float32",
-            name,
-            number,
-            unit,
-            ratio=ratio,
-            goal=goals.get(name),
-            threads=setup.threads,
-            note=text,
-        )
+        yield setup.row(op, what, sizes, name, number, unit, ratio=ratio, note=text)
+
+
+def measure(
+    setup: Setup,
+    op: str,
+    sizes: str,
+    runs: Mapping[str, Run],
+    refused: Mapping[str, str],
+    *,
+    share: float = 1.0,
+    least: int | None = None,
+    **more: Any,
+) -> Iterator[Row]:
+    """Runs alternated and their rows. What runs out of memory or fails at full size joins the refused."""
+    refused = dict(refused)
+    own: dict[str, float] = {}
+    for name, run in runs.items():
+        try:
+            own[name] = warmed(run)
+        except Exception as failed:
+            refused[name] = why_not(failed)
+    able = {name: runs[name] for name in own}
+    measured = alternate(able, setup.budget * share, least or setup.least, setup.most, own) if able else {}
+    yield from time_rows(setup, op, sizes, measured, refused, **more)

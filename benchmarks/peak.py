@@ -11,6 +11,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.harness import Setup
+
 STATUS = Path("/proc/self/status")
 
 
@@ -28,10 +30,10 @@ def peak(op: str, contestant: str, sizes: dict[str, int]) -> int:
         OSError: no /proc here.
     """
     torch.set_num_threads(1)
-    bench = importlib.import_module(f"benchmarks.bench_{op}")
+    bench, setup = importlib.import_module(f"benchmarks.bench_{op}"), Setup()
     small = {name: size if name in ("dim", "dstate") else min(size, 32) for name, size in sizes.items()}
-    bench.workload(contestant, small)()  # loads libraries and allocates what is allocated once
-    run = bench.workload(contestant, sizes)
+    bench.workload(setup, contestant, small)()  # loads libraries and allocates what is allocated once
+    run = bench.workload(setup, contestant, sizes)
     start = _kibibytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     run()

@@ -131,15 +131,33 @@ def compiled_states() -> Scan:
     """`chunked_states` whose chunk went through torch.compile; a new one each time, so that sizes stay constants in
     it.
     """
-    chunk = torch.compile(_chunk, dynamic=False)
+    chunk = compiled(_chunk)
     return lambda u, delta, A, B, C: chunked_states(u, delta, A, B, C, chunk)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` through torch.compile, once it is called: sizes are constants in it, and no size goes back to eager."""
+    made: list[Callable[..., Any]] = []
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not made:
+            import torch._dynamo  # takes a second or two: only for those who compile
+
+            torch._dynamo.config.cache_size_limit = 256  # the default of 8 sizes would turn the ninth into eager code
+            made.append(torch.compile(function, dynamic=False))
+        return made[0](*args, **kwargs)
+
+    return call
 
 
 # ---- the ops made of either ------------------------------------------------------------------------------------------
 
 
 def scan_op(states: Scan, bidirectional: bool = False) -> Callable[..., Tensor]:
-    """`selective_scan`, or `bidirectional_selective_scan` with everything shared (two scans and flips), by `states`."""
+    """`selective_scan`, or `bidirectional_selective_scan` with everything shared (two scans and flips), by `states`.
+
+    16-bit tensors are scanned in float32, as a state has to be.
+    """
 
     def op(
         u: Tensor,
@@ -152,6 +170,9 @@ def scan_op(states: Scan, bidirectional: bool = False) -> Callable[..., Tensor]:
         delta_bias: Tensor | None = None,
         delta_softplus: bool = False,
     ) -> Tensor:
+        dtype = u.dtype
+        if dtype.itemsize < 4:
+            u, delta, B, C = (t.float() for t in (u, delta, B, C))
         delta = delta if delta_bias is None else delta + delta_bias[:, None]
         delta = F.softplus(delta) if delta_softplus else delta
         rows = [t.transpose(1, 2).contiguous() for t in (u, delta, B, C)]
@@ -164,7 +185,7 @@ def scan_op(states: Scan, bidirectional: bool = False) -> Callable[..., Tensor]:
         if bidirectional:
             y = y + one_way(*(t.flip(1) for t in rows)).flip(1)
         y = y.transpose(1, 2)
-        return y if z is None else y * F.silu(z)
+        return (y if z is None else y * F.silu(z.to(y.dtype))).to(dtype)
 
     return op
 

@@ -1,7 +1,7 @@
 """What is measured of `selective_scan` and `bidirectional_selective_scan` alike.
 
-Time against the formulations of plain.py; the share of the multiply-add pipe that the arithmetic of the recurrence
-fills; sizes that are not multiples of a vector; bytes kept for the backward; peak memory; growth with seqlen.
+Time against the formulations of plain.py and the field's packages; the share of the multiply-add pipe that the
+arithmetic of the recurrence fills; sizes that are not multiples of a vector; bytes kept for the backward; peak memory.
 """
 
 from __future__ import annotations
@@ -15,22 +15,24 @@ from typing import Any
 
 from torch import Tensor
 
-from benchmarks import plain
+from benchmarks import counts, plain
+from benchmarks.contestants import auto, backends, peer_scans
 from benchmarks.harness import (
     BOTH,
     OURS,
-    Goal,
+    PEAK_OF,
     Row,
     Run,
     Setup,
     alternate,
+    measure,
     peak_bytes,
     refusal,
     saved_bytes,
     spread,
-    time_rows,
     timed_pass,
     value_rows,
+    why_not,
     words,
 )
 from pixelbytes_kernels import (
@@ -49,11 +51,10 @@ OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 DSTATE = 16
 GATE_UPDATES = 1 << 24  # state updates (batch x seqlen x dim x dstate) up to which the float64 oracle takes seconds
 
-# batch, seqlen, dim: goals against the parallel scan and against torch.compile
-CASES: dict[tuple[int, int, int], dict[str, Goal]] = {
-    (2, 256, 128): {"pscan": Goal(15, 25), "compile": Goal(6, 10)},
-    (32, 256, 128): {"pscan": Goal(40, 75), "compile": Goal(15, 35)},
-    (8, 1024, 512): {"pscan": Goal(50, 90), "compile": Goal(15, 35)},
+# batch, seqlen, dim; those of a GPU fill it, but for the first
+CASES = {
+    "cpu": [(2, 256, 128), (32, 256, 128), (8, 1024, 512)],
+    "cuda": [(2, 256, 128), (32, 256, 128), (8, 1024, 512), (32, 1024, 256)],
 }
 
 # Multiply, add and multiply-add instructions on vectors that one state update (one step of one state of one channel)
@@ -73,7 +74,6 @@ CASES: dict[tuple[int, int, int], dict[str, Goal]] = {
 _EXP2 = {"v4": 6, "v3": 8}
 FORWARD_INSTRUCTIONS = {isa: exp2 + 3 for isa, exp2 in _EXP2.items()}
 BACKWARD_INSTRUCTIONS = {isa: exp2 + 3 + 8 for isa, exp2 in _EXP2.items()}
-PIPE_GOALS = {"forward": Goal(50, 75, of="value"), "backward": Goal(45, 65, of="value")}
 
 
 @functools.cache
@@ -82,16 +82,23 @@ def compiled() -> plain.Scan:
     return plain.compiled_states()
 
 
-def contestants(name: str) -> dict[str, Callable[..., Tensor]]:
+def contestants(setup: Setup, name: str) -> dict[str, Callable[..., Tensor]]:
     op, reference = OPS[name]
     both_ways = name.startswith("bidirectional")
     return {
-        OURS: op,
-        "torch path": functools.partial(op, backend="torch"),
+        **backends(setup, name, op),
         "reference": reference,
         "pscan": plain.scan_op(plain.parallel_states, both_ways),
         "compile": plain.scan_op(lambda *rows: compiled()(*rows), both_ways),
+        **peer_scans(both_ways),
     }
+
+
+def chosen(setup: Setup, name: str, large: bool) -> list[str]:
+    """torch.compile takes minutes, and the slow ones a minute at large sizes: not in a quick run."""
+    slow = ["torch", "reference"] if large and not setup.on_gpu else []
+    left_out = {"compile", "torch", "reference"} if setup.quick else set(slow)
+    return [c for c in contestants(setup, name) if c not in left_out]
 
 
 def leaves(inputs: Inputs) -> tuple[Inputs, list[Tensor]]:
@@ -100,30 +107,32 @@ def leaves(inputs: Inputs) -> tuple[Inputs, list[Tensor]]:
     return inputs, wanted
 
 
-def workload(name: str, contestant: str, sizes: Mapping[str, int]) -> Run:
-    inputs, wanted = leaves(scan_case(sizes))
-    return timed_pass(functools.partial(contestants(name)[contestant], **inputs), wanted)
+def workload(setup: Setup, name: str, contestant: str, sizes: Mapping[str, int]) -> Run:
+    inputs, wanted = leaves(scan_case(setup, sizes))
+    return timed_pass(setup, functools.partial(contestants(setup, name)[contestant], **inputs), wanted)
 
 
 def sizes_of(batch: int, seqlen: int, dim: int, dstate: int = DSTATE) -> dict[str, int]:
     return {"batch": batch, "seqlen": seqlen, "dim": dim, "dstate": dstate}
 
 
-def scan_case(sizes: Mapping[str, int]) -> Inputs:
-    return scan_inputs(sizes["batch"], sizes["dim"], sizes["seqlen"], sizes["dstate"])
+def scan_case(setup: Setup, sizes: Mapping[str, int]) -> Inputs:
+    inputs = scan_inputs(sizes["batch"], sizes["dim"], sizes["seqlen"], sizes["dstate"], dtype=setup.dtype)
+    return setup.place(inputs)
 
 
 def updates(sizes: Mapping[str, int]) -> int:
     return math.prod(sizes.values())
 
 
-def gate(name: str, chosen: list[str], sizes: Mapping[str, int], limit: int) -> dict[str, str]:
-    """Those of `chosen` that may not be timed, and why. Long rows are cut: the oracle's time grows, the kernels' paths
+def gate(setup: Setup, name: str, names: list[str], sizes: Mapping[str, int], limit: int) -> dict[str, str]:
+    """Those of `names` that may not be timed, and why. Long rows are cut: the oracle's time grows, the kernels' paths
     stay.
     """
     fits = max(2 * plain.LONGEST_CHUNK, limit * sizes["seqlen"] // updates(sizes))
-    inputs = scan_case({**sizes, "seqlen": min(sizes["seqlen"], fits)})
-    found = {c: refusal(contestants(name)[c], OPS[name][1], inputs) for c in chosen if c != "reference"}
+    inputs = scan_case(setup, {**sizes, "seqlen": min(sizes["seqlen"], fits)})
+    entrants = contestants(setup, name)
+    found = {c: refusal(entrants[c], OPS[name][1], inputs) for c in names if c != "reference"}
     return {c: why for c, why in found.items() if why}
 
 
@@ -132,35 +141,33 @@ def rows(setup: Setup, name: str) -> Iterator[Row]:
     yield from pipe_share(setup, name)
     yield from unaligned(setup, name)
     yield from memory(setup, name)
-    if not setup.quick:
-        yield from scaling(setup, name)
+
+
+def gate_limit(setup: Setup) -> int:
+    return GATE_UPDATES >> (4 if setup.quick and not setup.on_gpu else 0)
 
 
 def speed(setup: Setup, name: str) -> Iterator[Row]:
-    for case, goals in CASES.items():
+    for case in CASES[setup.kind]:
         sizes = sizes_of(*case)
-        large = updates(sizes) > GATE_UPDATES
-        chosen = [OURS, "pscan"]
-        if not setup.quick:  # torch.compile takes a minute or two for each size
-            chosen += ["compile"] + ([] if large else ["torch path", "reference"])
-        setup.report(f"{name} {words(sizes)}: checking {', '.join(chosen)}")
-        refused = gate(name, chosen, sizes, GATE_UPDATES >> (4 if setup.quick else 0))
-        inputs, wanted = leaves(scan_case(sizes))
-        calls = {c: functools.partial(contestants(name)[c], **inputs) for c in chosen if c not in refused}
-        setup.report(f"{name} {words(sizes)}: timing")
-        measured = alternate(
-            {c: timed_pass(call, wanted) for c, call in calls.items()}, setup.budget, setup.least, setup.most
-        )
-        # Unavoidable: u, delta, z and dout read, out, du, ddelta and dz written, u, delta and z read once more.
-        traffic = 4.0 * 11 * updates(sizes) / sizes["dstate"]
-        yield from time_rows(setup, name, words(sizes), measured, refused, goals, traffic=traffic)
+        names = chosen(setup, name, updates(sizes) > GATE_UPDATES)
+        setup.report(f"{name} {words(sizes)} {setup.dtype_name}: checking {', '.join(names)}")
+        refused = gate(setup, name, names, sizes, gate_limit(setup))
+        runs: dict[str, Run] = {}
+        inputs, wanted = leaves(scan_case(setup, sizes))
+        for c in names:
+            if c not in refused:
+                runs[c] = timed_pass(setup, functools.partial(contestants(setup, name)[c], **inputs), wanted)
+        setup.report(f"{name} {words(sizes)} {setup.dtype_name}: timing")
+        work = counts.scan(sizes, setup.itemsize, name.startswith("bidirectional"))
+        yield from measure(setup, name, words(sizes), runs, refused, work=work, backend=auto(setup, name))
 
 
 def pipe_share(setup: Setup, name: str) -> Iterator[Row]:
     """Between two measurements of the machine's multiply-add rate, since a shared machine is never twice as fast as
     before.
     """
-    if not available_backends()["cpu"][0] or setup.threads != 1:
+    if setup.on_gpu or not available_backends()["cpu"][0] or setup.threads != 1:
         return
     _cpu = importlib.import_module("pixelbytes_kernels._cpu")
 
@@ -168,10 +175,10 @@ def pipe_share(setup: Setup, name: str) -> Iterator[Row]:
         return
     needed = {"forward": FORWARD_INSTRUCTIONS[_cpu.isa], "backward": BACKWARD_INSTRUCTIONS[_cpu.isa]}
     directions = 2 if name.startswith("bidirectional") else 1
-    for case in CASES:
+    for case in CASES["cpu"]:
         sizes = sizes_of(*case)
         setup.report(f"{name} {words(sizes)}: share of the multiply-add pipe")
-        run = workload(name, OURS, sizes)
+        run = workload(setup, name, OURS, sizes)
         run()
         samples: dict[str, list[float]] = {part: [] for part in needed}
         before = _cpu.fma_rate(0.2)
@@ -186,111 +193,53 @@ def pipe_share(setup: Setup, name: str) -> Iterator[Row]:
                 )
             before = after
             rates.append(after)
+        roof = statistics.median(rates) / 1e9
         for part, shares in samples.items():
             s = spread(shares)
-            roof = statistics.median(rates) / 1e9
             note = (
                 f"{words(sizes)}, {part}: {needed[part]} instructions a state update ({_cpu.isa}), roof {roof:.1f} G/s"
             )
             what = f"share of the multiply-add pipe, {part}"
-            yield Row(
-                name, what, words(sizes), "float32", OURS, s.median, "%", s.low, s.high, goal=PIPE_GOALS[part],
-                gflops=2 * roof * s.median / 100, note=note,
-            )  # fmt: skip
+            yield setup.row(name, what, words(sizes), OURS, s.median, "%", low=s.low, high=s.high, note=note)
 
 
 def unaligned(setup: Setup, name: str) -> Iterator[Row]:
     """dim 81 is the inner 162 of the paper's model, no multiple of any vector; its d_state is 64."""
-    cases = {dim: sizes_of(4, 256, dim, 64) for dim in (162, 160)}
-    refused = gate(name, [OURS], cases[162], GATE_UPDATES >> 2).get(OURS)
-    goal = Goal(1.4, at_least=False, of="value")
+    batch = 32 if setup.on_gpu else 4
+    cases = {dim: sizes_of(batch, 256, dim, 64) for dim in (162, 160)}
+    refused = gate(setup, name, [OURS], cases[162], gate_limit(setup) >> 2).get(OURS)
     what = "dim 162 over dim 160, per state update"
+    try:
+        runs = {str(dim): workload(setup, name, OURS, sizes) for dim, sizes in cases.items()}
+        setup.report(f"{name} {words(cases[162])}: against dim 160")
+        measured = alternate(runs, setup.budget, setup.least, setup.most) if not refused else {}
+    except Exception as failed:
+        refused = why_not(failed)
     if refused:
-        yield Row(name, what, words(cases[162]), "float32", OURS, math.nan, "x", goal=goal, note=refused)
+        yield setup.row(name, what, words(cases[162]), OURS, math.nan, "x", note=refused)
         return
-    setup.report(f"{name} {words(cases[162])}: against dim 160")
-    runs = {str(dim): workload(name, OURS, sizes) for dim, sizes in cases.items()}
-    measured = alternate(runs, setup.budget, setup.least, setup.most)
     each = {dim: measured[str(dim)][BOTH].median / updates(sizes) for dim, sizes in cases.items()}
-    note = ", ".join(f"dim {dim}: {1e12 * t:.0f} ps" for dim, t in each.items())
-    yield Row(name, what, words(cases[162]), "float32", OURS, each[162] / each[160], "x", goal=goal, note=note)
+    note = ", ".join(f"dim {dim}: {1e12 * t:.3g} ps" for dim, t in each.items())
+    yield setup.row(name, what, words(cases[162]), OURS, each[162] / each[160], "x", note=note)
 
 
 def memory(setup: Setup, name: str) -> Iterator[Row]:
-    both_ways = name.startswith("bidirectional")
     what, unit = "saved for backward, inputs included", "elements of batch x seqlen x dim"
-    for case in list(CASES)[: 2 if setup.quick else 3]:
+    plain_too = [c for c in ("torch", "pscan") if c in contestants(setup, name)]
+    for case in CASES["cpu"][: 2 if setup.quick else 3]:
         sizes = sizes_of(*case)
-        inputs, _ = leaves(scan_case(sizes))
+        inputs, _ = leaves(scan_case(setup, sizes))
         setup.report(f"{name} {words(sizes)}: bytes saved")
-        element = 4 * updates(sizes) / sizes["dstate"]
-        kept = {
-            c: saved_bytes(functools.partial(contestants(name)[c], **inputs)) / element
-            for c in (OURS, "torch path", "pscan")
-        }
-        goals = {OURS: Goal(7.2, 6.3, at_least=False, of="value")} if both_ways else {}
-        yield from value_rows(setup, name, what, words(sizes), kept, unit, goals)
-    for case in list(CASES)[1 : 2 if setup.quick else 3]:
+        element = setup.itemsize * updates(sizes) / sizes["dstate"]
+        kept: dict[str, float] = {}
+        for c in (OURS, *plain_too):
+            kept[c] = saved_bytes(functools.partial(contestants(setup, name)[c], **inputs)) / element
+        yield from value_rows(setup, name, what, words(sizes), kept, unit)
+    for case in CASES["cpu"][1 : 2 if setup.quick else 3]:
         sizes = sizes_of(*case)
         setup.report(f"{name} {words(sizes)}: peak memory")
-        peaks = {c: peak_bytes(name, c, sizes) for c in (OURS, "pscan")}
-        goals = {"pscan": Goal(10, 18)}
-        yield from value_rows(setup, name, "peak resident memory above start", words(sizes), peaks, "bytes", goals)
-
-
-def slope(x: list[float], y: list[float]) -> float:
-    """Exponent p of y ~ x^p by least squares of the logarithms."""
-    return statistics.linear_regression([math.log(v) for v in x], [math.log(v) for v in y]).slope
-
-
-def scaling(setup: Setup, name: str) -> Iterator[Row]:
-    """Ours alone, one size at a time growing."""
-    series = {
-        "seqlen": [sizes_of(2, n, 128) for n in (256, 1024, 4096, 16384)],
-        "batch": [sizes_of(n, 256, 128) for n in (1, 4, 16, 64)],
-        "dim": [sizes_of(2, 256, n) for n in (64, 256, 1024)],
-        "dstate": [sizes_of(2, 256, 128, n) for n in (4, 16, 64, 256)],
-    }
-    for varied, cases in series.items():
-        times: list[float] = []
-        for sizes in cases:
-            setup.report(f"{name} {words(sizes)}: growth with {varied}")
-            measured = alternate({OURS: workload(name, OURS, sizes)}, setup.budget / 4, setup.least, setup.most)
-            s = measured[OURS][BOTH]
-            times.append(s.median)
-            what = f"{BOTH}, growth with {varied}"
-            yield Row(
-                name,
-                what,
-                words(sizes),
-                "float32",
-                OURS,
-                s.median * 1e3,
-                "ms",
-                s.low * 1e3,
-                s.high * 1e3,
-                threads=setup.threads,
-            )
-            inputs, _ = leaves(scan_case(sizes))
-            kept = saved_bytes(functools.partial(contestants(name)[OURS], **inputs))
-            yield Row(
-                name,
-                f"saved, growth with {varied}",
-                words(sizes),
-                "float32",
-                OURS,
-                kept,
-                "bytes",
-                threads=setup.threads,
-            )
-        exponent = slope([float(sizes[varied]) for sizes in cases], times)
-        yield Row(
-            name,
-            f"exponent of time against {varied}",
-            "1 is linear",
-            "float32",
-            OURS,
-            exponent,
-            "power",
-            threads=setup.threads,
-        )
+        peaks = {
+            c: peak_bytes(setup, name, c, sizes, functools.partial(workload, setup, name, c, sizes))
+            for c in (OURS, "pscan")
+        }
+        yield from value_rows(setup, name, PEAK_OF[setup.kind], words(sizes), peaks, "bytes")

@@ -4,7 +4,6 @@ command.
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import subprocess
@@ -14,8 +13,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_bysmamba, bench_mamba_step, machine, output, plain, scans
-from benchmarks.harness import OURS, Goal, Row, alternate, peak_bytes, refusal, refusal_of, saved_bytes, spread
+from benchmarks import bench_bysmamba, bench_mamba_step, bench_scaling, goals, machine, output, plain, scans
+from benchmarks.counts import Work
+from benchmarks.harness import (
+    OURS,
+    Goal,
+    Row,
+    Setup,
+    alternate,
+    measure,
+    peak_bytes,
+    refusal,
+    refusal_of,
+    saved_bytes,
+    spread,
+)
 from pixelbytes_kernels import (
     bidirectional_selective_scan_ref,
     causal_conv1d_ref,
@@ -105,8 +117,20 @@ def test_what_is_refused_is_not_timed(monkeypatch):
         return u * A.sum() * B.sum() * C.sum() + delta
 
     both = {OURS: wrong, "pscan": wrong}
-    monkeypatch.setattr(scans, "contestants", lambda name: both)
-    assert set(scans.gate("selective_scan", [OURS, "pscan"], scans.sizes_of(1, 8, 3, 2), 1 << 10)) == {OURS, "pscan"}
+    monkeypatch.setattr(scans, "contestants", lambda setup, name: both)
+    sizes = scans.sizes_of(1, 8, 3, 2)
+    assert set(scans.gate(Setup(), "selective_scan", [OURS, "pscan"], sizes, 1 << 10)) == {OURS, "pscan"}
+
+
+def test_what_fails_at_full_size_is_a_row_with_the_reason():
+    def fails() -> dict[str, float]:
+        raise MemoryError("not enough")
+
+    runs = {OURS: lambda: {"forward": 1.0}, "big": fails}
+    rows = list(measure(Setup(least=1, most=1), "op", "n=1", runs, {"wrong": "refused: out0"}, of="forward"))
+    assert [row.contestant for row in rows] == [OURS, "wrong", "big"]
+    assert rows[0].value == 1000 and math.isnan(rows[2].value) and "MemoryError: not enough" in rows[2].note
+    assert rows[1].note == "refused: out0"
 
 
 @pytest.mark.parametrize("seqlen", [1, 2, 3, 16, 17, 37])
@@ -142,7 +166,7 @@ def test_plain_convolution_is_the_reference():
 
 
 def test_plain_model_is_the_model():
-    assert bench_bysmamba.gate(dim=16, depth=1, seqlen=11) == {}
+    assert bench_bysmamba.gate(Setup(), dim=16, depth=1, seqlen=11) == {}
 
 
 def test_plain_decoding_is_the_layers_in_turn():
@@ -150,52 +174,80 @@ def test_plain_decoding_is_the_layers_in_turn():
     x = bench_mamba_step.token(16, 2)
     layers = bench_mamba_step.make_layers(case, torch.float64)
     oracle = bench_mamba_step.checked(lambda token: plain.decode_step(token, layers), x.double())
-    eager = bench_mamba_step.checked(bench_mamba_step.decoder("eager", case), x)
+    eager = bench_mamba_step.checked(bench_mamba_step.decoder("reference", case), x)
     assert refusal_of(bench_mamba_step.checked(bench_mamba_step.decoder(OURS, case), x), eager, oracle) == ""
     assert layers[0].state.abs().sum() > 0
 
 
 def test_slope():
-    assert scans.slope([1.0, 10.0, 100.0], [2.0, 20.0, 200.0]) == pytest.approx(1.0)
-    assert scans.slope([1.0, 2.0, 4.0], [1.0, 4.0, 16.0]) == pytest.approx(2.0)
+    assert bench_scaling.slope([1.0, 10.0, 100.0], [2.0, 20.0, 200.0]) == pytest.approx(1.0)
+    assert bench_scaling.slope([1.0, 2.0, 4.0], [1.0, 4.0, 16.0]) == pytest.approx(2.0)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from /proc")
 def test_peak_sees_the_states_that_the_parallel_scan_keeps():
     sizes = {"batch": 8, "seqlen": 256, "dim": 128, "dstate": 16}
-    found = peak_bytes("selective_scan", "pscan", sizes)
+    found = peak_bytes(Setup(), "selective_scan", "pscan", sizes, dict)
     states = 4 * math.prod(sizes.values())
     assert found is not None and 3 * states < found < 20 * states
 
 
 def rows_of_each_kind() -> list[Row]:
-    goal = Goal(15, 25)
+    sizes = "batch=2 seqlen=256 dim=128 dstate=16"
+    about = {"op": "selective_scan", "what": "forward + backward", "sizes": sizes, "dtype": "float32", "unit": "ms"}
+    work = Work(bytes=1e6, flops=4e6)
     return [
-        Row("op", "forward + backward", "batch=1", "float32", OURS, 2.0, "ms", 1.5, 2.5, traffic=1e6),
-        Row("op", "forward + backward", "batch=1", "float32", "pscan", 40.0, "ms", 38.0, 42.0, ratio=20.0, goal=goal),
-        Row("op", "forward + backward", "batch=1", "float32", "bad", math.nan, "ms", goal=goal, note="refused: out0"),
+        Row(contestant=OURS, value=2.0, low=1.5, high=2.5, work=work, backend="cpu", **about),
+        Row(contestant="pscan", value=40.0, low=38.0, high=42.0, ratio=20.0, **about),
+        Row(contestant="compile", value=math.nan, note="refused: out0", **about),
+        Row(contestant="elsewhere", value=3.0, machine="a machine far away", **about),
     ]
 
 
 def test_table_and_files(tmp_path):
     rows = rows_of_each_kind()
     text = output.table(rows)
-    assert (
-        "2 [1.5, 2.5]" in text
-        and "20.0x (40.0)  (15 / 25: met)" in text
-        and "MISSED" in text
-        and "bad: refused" in text
-    )
+    assert "2 [1.5, 2.5]" in text and "20x (40)  (15 / 25: met)" in text and "ms of ours (cpu)" in text
+    assert "compile: refused" in text and "MISSED" in text
     assert output.summary(rows) == "goals: 0 aims met, 1 met, 1 missed"
-    output.write_csv(tmp_path / "a" / "cpu.csv", rows)
-    output.write_json(tmp_path / "cpu.json", rows)
-    with (tmp_path / "a" / "cpu.csv").open() as file:
-        read = list(csv.DictReader(file))
-    assert [row["verdict"] for row in read] == ["", "met", "missed"]
+    assert "MISSED" in output.goals_table(rows)
+    records = [output.record(row) for row in rows]
+    output.write_csv(tmp_path / "a" / "cpu.csv", records)
+    output.write_json(tmp_path / "cpu.json", records)
+    read = output.read_csv(tmp_path / "a" / "cpu.csv")
+    assert [row["verdict"] for row in read] == ["", "met", "missed", ""]
     assert read[1]["ratio"] == "20.0" and read[0]["machine"] and read[0]["torch"] == torch.__version__
-    assert float(read[0]["GB_per_s"]) == pytest.approx(0.5)
+    assert float(read[0]["GB_per_s"]) == pytest.approx(0.5) and float(read[0]["GFLOP_per_s"]) == pytest.approx(2)
+    shares = float(read[0]["percent_of_copy"]), float(read[0]["percent_of_peak"])
+    wanted = 100 * 0.5 / float(read[0]["copy_GB_per_s"]), 100 * 2 / float(read[0]["peak_GFLOP_per_s"])
+    assert shares == pytest.approx(wanted, rel=1e-4)
     assert read[2]["value"] == ""
+    assert read[3]["machine"] == "a machine far away" and read[3]["torch"] == read[3]["commit"] == ""
     assert json.loads((tmp_path / "cpu.json").read_text())[1]["contestant"] == "pscan"
+
+
+def test_merging_replaces_what_was_measured_again(tmp_path):
+    old = [output.record(row) for row in rows_of_each_kind()]
+    other = {**old[0], "op": "causal_conv1d"}
+    again = {**old[1], "value": 50.0}
+    found = output.merged([*old, other], [again])
+    assert [(r["op"], r["contestant"], r["value"]) for r in found] == [
+        ("selective_scan", "ours", 2.0),
+        ("selective_scan", "compile", None),
+        ("selective_scan", "elsewhere", 3.0),
+        ("selective_scan", "pscan", 50.0),
+        ("causal_conv1d", "ours", 2.0),
+    ]
+    (tmp_path / "not.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="not a file of results"):
+        output.read_csv(tmp_path / "not.csv")
+
+
+def test_goals_are_for_one_thread_of_a_cpu_in_float32():
+    row = rows_of_each_kind()[1]
+    assert goals.verdict(row) == "met"
+    for change in ({"dtype": "float16"}, {"device": "cuda"}, {"threads": 2}, {"op": "pxby_embed"}):
+        assert goals.verdict(Row(**{**vars(row), **change})) == ""
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -208,12 +260,12 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(Path, "write_text", full)
         with pytest.raises(OSError):
-            output.write_csv(path, rows_of_each_kind())
+            output.write_csv(path, [output.record(row) for row in rows_of_each_kind()])
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["cpu.csv"]
 
 
 def test_environment_names_the_machine():
-    assert set(machine.environment()) >= {"machine", "torch", "commit", "backend", "date"}
+    assert set(machine.environment()) >= {"machine", "torch", "commit", "backends", "peers", "date"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
