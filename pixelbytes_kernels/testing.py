@@ -231,7 +231,10 @@ def run(op: Callable[..., Any], inputs: Mapping[str, Any], *, seed: int = 1, **o
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     gen = torch.Generator().manual_seed(seed)
     # Through bfloat16: the same output gradient in every dtype.
-    grads = [torch.randn(o.shape, generator=gen, dtype=torch.float64).to(torch.bfloat16).to(o.dtype) for o in outputs]
+    grads = [
+        torch.randn(o.shape, generator=gen, dtype=torch.float64).to(torch.bfloat16).to(o.device, o.dtype)
+        for o in outputs
+    ]
     wanted = {k: v for k, v in leaves.items() if isinstance(v, Tensor) and v.requires_grad}
     found = torch.autograd.grad(outputs, list(wanted.values()), grads, allow_unused=True)
     result = {f"out{i}": o.detach() for i, o in enumerate(outputs)}
