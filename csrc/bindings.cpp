@@ -2,6 +2,7 @@
 #define PIXELBYTES_MODULE "_cpu"
 #define PIXELBYTES_ON_GPU 0
 #include "python_tensor.h"
+#include "scan_tuple.h"
 
 #include <cstdlib>
 #include <cstring>
@@ -64,38 +65,23 @@ void run(const char* (*kernel)(const Args&), const Args& args) {
   raise_memory_error(error);
 }
 
-// The members in the order of the Python tuples (see ops/selective_scan/cpu.py).
-ScanDirection scan_direction(const py::tuple& t) {
-  ScanDirection d;
-  d.reverse = t[0].cast<bool>();
-  Tensor* members[] = {&d.u, &d.delta, &d.A, &d.B, &d.C, &d.D, &d.delta_bias, &d.initial_state, &d.last_state, &d.states,
-                       &d.dlast_state, &d.du, &d.ddelta, &d.dA, &d.dB, &d.dC, &d.dD, &d.ddelta_bias, &d.dinitial_state};
-  size_t i = 1;
-  for (Tensor* member : members) {
-    if (i == t.size()) break;
-    *member = t[i++].cast<Tensor>();
-  }
-  return d;
-}
-
-ScanArgs scan_args(const py::list& directions, Tensor z, Tensor seq_idx, double scale, bool delta_softplus, bool use_double, int threads) {
-  ScanArgs a;
-  a.directions = int(directions.size());
-  for (int i = 0; i < a.directions; ++i) a.direction[i] = scan_direction(directions[size_t(i)].cast<py::tuple>());
-  a.z = z, a.seq_idx = seq_idx, a.scale = scale, a.delta_softplus = delta_softplus, a.use_double = use_double, a.threads = threads;
+ScanArgs cpu_scan_args(const py::list& directions, const Tensor& z, const Tensor& seq_idx, double scale, bool delta_softplus, bool use_double,
+                       int threads) {
+  ScanArgs a = scan_args(directions, z, seq_idx, scale, delta_softplus);
+  a.use_double = use_double, a.threads = threads;
   return a;
 }
 
 void scan_forward(const py::list& directions, Tensor z, Tensor seq_idx, double scale, bool delta_softplus, bool use_double, int threads,
                   Tensor out) {
-  ScanArgs a = scan_args(directions, z, seq_idx, scale, delta_softplus, use_double, threads);
+  ScanArgs a = cpu_scan_args(directions, z, seq_idx, scale, delta_softplus, use_double, threads);
   a.out = out;
   run(best_kernels().scan_forward, a);
 }
 
 void scan_backward(const py::list& directions, Tensor z, Tensor seq_idx, double scale, bool delta_softplus, bool use_double, int threads,
                    Tensor dout, Tensor dz, Tensor out) {
-  ScanArgs a = scan_args(directions, z, seq_idx, scale, delta_softplus, use_double, threads);
+  ScanArgs a = cpu_scan_args(directions, z, seq_idx, scale, delta_softplus, use_double, threads);
   a.dout = dout, a.dz = dz, a.out = out;
   run(best_kernels().scan_backward, a);
 }

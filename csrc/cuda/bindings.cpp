@@ -22,6 +22,7 @@ PYBIND11_MODULE(_cuda, m) {
 #ifdef PIXELBYTES_EMULATE
   emulator::bind(m);
 #endif
+  bind_selective_scan(m);
   bind_causal_conv1d(m);
 }
 

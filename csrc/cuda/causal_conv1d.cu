@@ -1,7 +1,8 @@
 // Depthwise causal convolution of 2 to 4 taps, forward and backward, in two arrangements:
 //   channels: a thread owns kVec neighbouring channels and walks a run of steps, the last three inputs in registers; for tensors whose
 //             channels lie next to each other, and with kVec = 1 for any strides;
-//   time:     a warp owns a run of one channel, a lane kVec neighbouring steps; the halo comes from the neighbouring lanes.
+//   time:     a warp owns a run of one channel, a lane kVec neighbouring steps; the halo comes from the neighbouring lanes. For rows whose
+//             steps lie next to each other and fill whole packets.
 // No shared memory. Deterministic: the sums for weight and bias are written per run and added in order (ordered_sum).
 //
 // Inside the kernels time is logical: with `reverse` the launcher hands over the last step's address and negative strides.
@@ -40,12 +41,19 @@ struct ConvParams {
   int64_t seq_batch, seq_time;
   States initial, final_states, dfinal, dinitial;
   float* partial;
-  int64_t batch, dim, seqlen, steps, runs, lanes;  // lanes: threads side by side in the channels arrangement
+  int64_t batch, dim, seqlen, steps;
+  unsigned runs, lanes;  // lanes: threads side by side in the channels arrangement
   int width;
   bool silu;
 
-  __device__ int64_t sequence(int64_t b, int64_t t) const {
-    return load_int(seq, seq_dtype, b * seq_batch + (t < 0 ? 0 : t) * seq_time);
+  // Bit j: the input j steps before step t counts, for it belongs to the same sequence. States belong to a row's first sequence.
+  __device__ unsigned taps(int64_t b, int64_t t) const {
+    unsigned alive = (1u << width) - 1;
+    if (!seq) return alive;
+    const int64_t own = load_int(seq, seq_dtype, b * seq_batch + t * seq_time);
+    for (int j = 1; j < width; ++j)
+      if (load_int(seq, seq_dtype, b * seq_batch + max(t - j, int64_t(0)) * seq_time) != own) alive &= ~(1u << j);
+    return alive;
   }
   // The input at step t >= 1 - width of one channel, as fp32. What stands before a row is its state, rounded to T, or zero.
   __device__ float input(int64_t b, int64_t d, int64_t t) const {
@@ -67,11 +75,11 @@ struct Owned {
 
 template <int kVec, class Params>
 __device__ Owned owned(const Params& p) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const unsigned i = blockIdx.x * kThreads + threadIdx.x, rest = i / p.lanes;  // launch_many checks that they fit 32 bits
   Owned o;
-  o.d = i % p.lanes * kVec;
-  o.run = i / p.lanes % p.runs;
-  o.b = i / p.lanes / p.runs;
+  o.d = int64_t(i % p.lanes) * kVec;
+  o.run = rest % p.runs;
+  o.b = rest / p.runs;
   o.any = o.b < p.batch;
   o.first = o.run * p.steps;
   o.last = min(o.first + p.steps, p.seqlen);
@@ -113,14 +121,11 @@ __global__ void __launch_bounds__(kThreads) conv_forward_channels(const ConvPara
   if (!o.any) return;
   constexpr int kAhead = 4;  // steps loaded together
   float w[kTaps][kVec], bias[kVec], past[kHalo][kVec];  // past[j]: the input j + 1 steps ago
-  int64_t seq_past[kHalo] = {};
   load_weights(p, o.d, w, bias);
 #pragma unroll
-  for (int j = 0; j < kHalo; ++j) {
-    if (p.seq) seq_past[j] = p.sequence(o.b, o.first - 1 - j);
+  for (int j = 0; j < kHalo; ++j)
 #pragma unroll
     for (int v = 0; v < kVec; ++v) past[j][v] = p.input(o.b, o.d + v, o.first - 1 - j);
-  }
   for (int64_t t0 = o.first; t0 < o.last; t0 += kAhead) {
     float x[kAhead][kVec];
 #pragma unroll
@@ -132,10 +137,10 @@ __global__ void __launch_bounds__(kThreads) conv_forward_channels(const ConvPara
       float out[kVec];
 #pragma unroll
       for (int v = 0; v < kVec; ++v) out[v] = bias[v] + w[0][v] * x[i][v];
-      const int64_t seq = p.seq ? p.sequence(o.b, t0 + i) : 0;
+      const unsigned taps = p.taps(o.b, t0 + i);
 #pragma unroll
       for (int j = 1; j < kTaps; ++j) {
-        if (j >= p.width || (p.seq && seq_past[j - 1] != seq)) continue;
+        if (!(taps >> j & 1)) continue;
 #pragma unroll
         for (int v = 0; v < kVec; ++v) out[v] += w[j][v] * past[j - 1][v];
       }
@@ -144,7 +149,6 @@ __global__ void __launch_bounds__(kThreads) conv_forward_channels(const ConvPara
         if (p.silu) out[v] = silu(out[v]);
         past[2][v] = past[1][v], past[1][v] = past[0][v], past[0][v] = x[i][v];
       }
-      seq_past[2] = seq_past[1], seq_past[1] = seq_past[0], seq_past[0] = seq;
       store_channels<kVec>(p.out, o.b, o.d, t0 + i, out);
     }
   }
@@ -167,14 +171,12 @@ __global__ void __launch_bounds__(kThreads) conv_backward_channels(const ConvPar
   if (!o.any) return;
   float w[kTaps][kVec], bias[kVec], past[kHalo][kVec], dw[kTaps][kVec] = {}, dbias[kVec] = {};
   float dpre[kTaps][kVec] = {};  // dpre[j]: of the step j steps ago
-  int64_t seq_past[kHalo] = {};
+  unsigned taps = 0;             // of the last steps, four bits each
   load_weights(p, o.d, w, bias);
 #pragma unroll
-  for (int j = 0; j < kHalo; ++j) {
-    if (p.seq) seq_past[j] = p.sequence(o.b, o.first - 1 - j);
+  for (int j = 0; j < kHalo; ++j)
 #pragma unroll
     for (int v = 0; v < kVec; ++v) past[j][v] = p.input(o.b, o.d + v, o.first - 1 - j);
-  }
   // dx of step t needs dpre of t .. t + 3, so it is written three steps later.
   for (int64_t t = o.first; t < o.last + kHalo; ++t) {
     float x[kVec] = {}, dout[kVec] = {}, pre[kVec];
@@ -183,7 +185,7 @@ __global__ void __launch_bounds__(kThreads) conv_backward_channels(const ConvPar
       load_channels<kVec>(p.x, o.b, o.d, t, x);
       load_channels<kVec>(p.dout, o.b, o.d, t, dout);
     }
-    const int64_t seq = p.seq ? p.sequence(o.b, inside ? t : p.seqlen - 1) : 0;
+    taps = taps << kTaps | (inside ? p.taps(o.b, t) : 0);
 #pragma unroll
     for (int v = 0; v < kVec; ++v) {
       pre[v] = bias[v] + w[0][v] * x[v];
@@ -192,7 +194,7 @@ __global__ void __launch_bounds__(kThreads) conv_backward_channels(const ConvPar
     }
 #pragma unroll
     for (int j = 1; j < kTaps; ++j) {
-      if (j >= p.width || (p.seq && seq_past[j - 1] != seq)) continue;
+      if (!(taps >> j & 1)) continue;
 #pragma unroll
       for (int v = 0; v < kVec; ++v) pre[v] += w[j][v] * past[j - 1][v];
     }
@@ -204,7 +206,7 @@ __global__ void __launch_bounds__(kThreads) conv_backward_channels(const ConvPar
     if (t < o.last) {
 #pragma unroll
       for (int j = 1; j < kTaps; ++j) {
-        if (j >= p.width || (p.seq && seq_past[j - 1] != seq)) continue;
+        if (!(taps >> j & 1)) continue;
 #pragma unroll
         for (int v = 0; v < kVec; ++v) dw[j][v] += dpre[0][v] * past[j - 1][v];
       }
@@ -213,12 +215,10 @@ __global__ void __launch_bounds__(kThreads) conv_backward_channels(const ConvPar
     const int64_t done = t - kHalo, state = done + p.width - 1;
     const bool is_state = o.first == 0 && done < 0 && state >= 0 && p.dinitial.data;
     if ((done >= o.first && p.dx.data) || is_state) {
-      const int64_t seq_done = seq_past[2];  // of step max(done, 0): sequence() and the window agree on it
       float dx[kVec] = {};
 #pragma unroll
       for (int j = 0; j < kTaps; ++j) {
-        const bool reaches = done + j >= 0 && done + j < p.seqlen;
-        if (j >= p.width || !reaches || (p.seq && j && seq_done != (j == kHalo ? seq : seq_past[kHalo - 1 - j]))) continue;
+        if (!(taps >> (kTaps * (kHalo - j) + j) & 1)) continue;  // tap j of the step j steps later
 #pragma unroll
         for (int v = 0; v < kVec; ++v) dx[v] += w[j][v] * dpre[kHalo - j][v];
       }
@@ -236,7 +236,6 @@ __global__ void __launch_bounds__(kThreads) conv_backward_channels(const ConvPar
     }
 #pragma unroll
     for (int v = 0; v < kVec; ++v) past[2][v] = past[1][v], past[1][v] = past[0][v], past[0][v] = x[v];
-    seq_past[2] = seq_past[1], seq_past[1] = seq_past[0], seq_past[0] = seq;
   }
   if (!p.partial) return;
   float* partial = p.partial + ((o.b * p.runs + o.run) * (p.width + 1)) * p.dim + o.d;
@@ -276,36 +275,26 @@ __device__ void load_with_halo(const ConvParams<T>& p, int64_t b, int64_t d, int
   const bool inside = t < p.seqlen;
 #pragma unroll
   for (int i = 0; i < kVec; ++i) x[kHalo + i] = 0.0f;
-  if (inside) {
-    if constexpr (kVec == 1) {
-      x[kHalo] = load_readonly(p.x.at(b, d, t));
-    } else {
-      load_steps<kVec>(p.x.at(b, d, t), p.x.time, x + kHalo);
-    }
-  }
+  if (inside) load_steps<kVec>(p.x.at(b, d, t), p.x.time, x + kHalo);
 #pragma unroll
   for (int k = 1; k <= kHalo; ++k) {  // before
-    float v = 0.0f;
-    if constexpr (kVec >= kHalo) v = __shfl_up_sync(~0u, x[kHalo + kVec - k], 1);
-    if ((kVec < kHalo || lane == 0) && inside && k < p.width) v = p.input(b, d, t - k);
+    float v = __shfl_up_sync(~0u, x[kHalo + kVec - k], 1);
+    if (lane == 0) v = inside && k < p.width ? p.input(b, d, t - k) : 0.0f;
     x[kHalo - k] = v;
   }
 #pragma unroll
   for (int k = 0; k < kAfter; ++k) {
-    float v = 0.0f;
-    if constexpr (kVec >= kHalo) v = __shfl_down_sync(~0u, x[kHalo + k], 1);
-    if (kVec < kHalo || lane == 31) v = t + kVec + k < p.seqlen ? load_readonly(p.x.at(b, d, t + kVec + k)) : 0.0f;
+    float v = __shfl_down_sync(~0u, x[kHalo + k], 1);
+    if (lane == 31) v = t + kVec + k < p.seqlen ? load_readonly(p.x.at(b, d, t + kVec + k)) : 0.0f;
     x[kHalo + kVec + k] = v;
   }
 }
 
-template <class T>
-__device__ float convolve(const ConvParams<T>& p, int64_t b, int64_t t, const float (&w)[kTaps], float bias, const float* x) {
+__device__ inline float convolve(unsigned taps, const float (&w)[kTaps], float bias, const float* x) {
   float out = bias + w[0] * x[0];
-  const int64_t seq = p.seq ? p.sequence(b, t) : 0;
 #pragma unroll
   for (int j = 1; j < kTaps; ++j)
-    if (j < p.width && !(p.seq && p.sequence(b, t - j) != seq)) out += w[j] * x[-j];
+    if (taps >> j & 1) out += w[j] * x[-j];
   return out;
 }
 
@@ -317,11 +306,11 @@ struct Row {
 
 template <class Params>
 __device__ Row warp_row(const Params& p) {
-  const int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / 32;
+  const unsigned i = blockIdx.x * (kThreads / 32) + threadIdx.x / 32, rest = i / p.runs, dim = unsigned(p.dim);
   Row r;
   r.run = i % p.runs;
-  r.d = i / p.runs % p.dim;
-  r.b = i / p.runs / p.dim;
+  r.d = rest % dim;
+  r.b = rest / dim;
   r.any = r.b < p.batch;
   r.first = r.run * p.steps;
   r.last = min(r.first + p.steps, p.seqlen);
@@ -345,14 +334,10 @@ __global__ void __launch_bounds__(kThreads) conv_forward_time(const ConvParams<T
     float out[kVec];
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
-      out[i] = convolve(p, r.b, t + i, w, bias, x + kHalo + i);
+      out[i] = convolve(p.taps(r.b, t + i), w, bias, x + kHalo + i);
       if (p.silu) out[i] = silu(out[i]);
     }
-    if constexpr (kVec == 1) {
-      store(p.out.at(r.b, r.d, t), out[0]);
-    } else {
-      store_steps<kVec>(p.out.at(r.b, r.d, t), p.out.time, out);
-    }
+    store_steps<kVec>(p.out.at(r.b, r.d, t), p.out.time, out);
     if (!p.final_states.data || t + kVec != p.seqlen) continue;
 #pragma unroll
     for (int j = 0; j < kHalo; ++j)
@@ -375,60 +360,44 @@ __global__ void __launch_bounds__(kThreads) conv_backward_time(const ConvParams<
   for (int64_t t0 = r.first; t0 < r.last; t0 += 32 * kVec) {
     const int64_t t = t0 + lane * kVec;
     float x[kHalo + kVec + kHalo], dpre[kVec + kHalo];
+    unsigned taps[kVec + kHalo];
     load_with_halo<kVec, kHalo>(p, r.b, r.d, t, x);
 #pragma unroll
     for (int i = 0; i < kVec; ++i) dpre[i] = 0.0f;
-    if (t < p.seqlen) {
-      if constexpr (kVec == 1) {
-        dpre[0] = load_readonly(p.dout.at(r.b, r.d, t));
-      } else {
-        load_steps<kVec>(p.dout.at(r.b, r.d, t), p.dout.time, dpre);
-      }
-    }
+    if (t < p.seqlen) load_steps<kVec>(p.dout.at(r.b, r.d, t), p.dout.time, dpre);
 #pragma unroll
     for (int k = 0; k < kHalo; ++k) {
-      float v = 0.0f;
-      if constexpr (kVec >= kHalo) v = __shfl_down_sync(~0u, dpre[k], 1);
-      if (kVec < kHalo || lane == 31) v = t + kVec + k < p.seqlen ? load_readonly(p.dout.at(r.b, r.d, t + kVec + k)) : 0.0f;
+      float v = __shfl_down_sync(~0u, dpre[k], 1);
+      if (lane == 31) v = t + kVec + k < p.seqlen ? load_readonly(p.dout.at(r.b, r.d, t + kVec + k)) : 0.0f;
       dpre[kVec + k] = v;
     }
     if (t >= r.last) continue;
 #pragma unroll
     for (int i = 0; i < kVec + kHalo; ++i) {
-      const bool inside = t + i < p.seqlen;
-      if (p.silu && inside) dpre[i] *= silu_slope(convolve(p, r.b, t + i, w, bias, x + kHalo + i));
-      if (!inside) dpre[i] = 0.0f;
+      taps[i] = t + i < p.seqlen ? p.taps(r.b, t + i) : 0;
+      if (taps[i]) dpre[i] = before_silu(dpre[i], convolve(taps[i], w, bias, x + kHalo + i), p.silu);
     }
     float dx[kVec];
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
-      const int64_t seq = p.seq ? p.sequence(r.b, t + i) : 0;
       dbias += dpre[i];
       dx[i] = 0.0f;
 #pragma unroll
       for (int j = 0; j < kTaps; ++j) {
-        if (j >= p.width) continue;
-        if (!(p.seq && j && p.sequence(r.b, t + i - j) != seq)) dw[j] += dpre[i] * x[kHalo + i - j];
-        if (t + i + j < p.seqlen && !(p.seq && j && p.sequence(r.b, t + i + j) != seq)) dx[i] += w[j] * dpre[i + j];
+        if (taps[i] >> j & 1) dw[j] += dpre[i] * x[kHalo + i - j];
+        if (taps[i + j] >> j & 1) dx[i] += w[j] * dpre[i + j];
       }
       const int64_t kept = t + i + p.width - 1 - p.seqlen;
       if (p.dfinal.data && kept >= 0) dx[i] += load_any(p.dfinal.data, p.dfinal.dtype, p.dfinal.index(r.b, r.d, kept));
     }
-    if (p.dx.data) {
-      if constexpr (kVec == 1) {
-        store(p.dx.at(r.b, r.d, t), dx[0]);
-      } else {
-        store_steps<kVec>(p.dx.at(r.b, r.d, t), p.dx.time, dx);
-      }
-    }
-    if (p.dinitial.data && kVec > 1 && t == 0) {
+    if (p.dx.data) store_steps<kVec>(p.dx.at(r.b, r.d, t), p.dx.time, dx);
+    if (p.dinitial.data && t == 0) {
       for (int k = 0; k < p.width - 1; ++k) {  // step k - (width - 1), before the row
         float sum = 0.0f;
 #pragma unroll
         for (int i = 0; i < kHalo; ++i) {  // it is a tap of step i
           const int j = i - k + p.width - 1;
-          if (j >= p.width || i >= p.seqlen || (p.seq && p.sequence(r.b, i) != p.sequence(r.b, 0))) continue;
-          sum += p.tap(r.d, j) * dpre[i];
+          if (taps[i] >> j & 1) sum += p.tap(r.d, j) * dpre[i];
         }
         if (p.dfinal.data && k >= p.seqlen) sum += load_any(p.dfinal.data, p.dfinal.dtype, p.dfinal.index(r.b, r.d, k - p.seqlen));
         store_any(p.dinitial.data, p.dinitial.dtype, p.dinitial.index(r.b, r.d, k), sum);
@@ -470,7 +439,7 @@ ConvParams<T> params_of(const ConvArgs& a) {
   p.initial = states_of(a.initial_states), p.final_states = states_of(a.final_states);
   p.dfinal = states_of(a.dfinal_states), p.dinitial = states_of(a.dinitial_states);
   p.partial = reinterpret_cast<float*>(a.partial.data);
-  p.steps = a.steps, p.runs = ceil_div(p.seqlen, p.steps);
+  p.steps = a.steps, p.runs = unsigned(ceil_div(p.seqlen, p.steps));
   return p;
 }
 
@@ -488,25 +457,28 @@ bool packets_along(int axis, std::initializer_list<const Tensor*> tensors) {
   return true;
 }
 
+// `count` threads or warps, `each` to a block.
+template <class T>
+const char* launch_many(const char* name, void (*kernel)(ConvParams<T>), int64_t count, int each, const ConvParams<T>& p, const Launch& at) {
+  if (count > 0xffffffff) return "causal_conv1d: more than 2^32 threads; split the batch";
+  return launch(name, kernel, dim3(unsigned(ceil_div<int64_t>(count, each))), dim3(kThreads), 0, at, p);
+}
+
 template <class T, int kVec>
 const char* launch_channels(const char* name, void (*kernel)(ConvParams<T>), ConvParams<T> p, const Launch& at) {
-  p.lanes = p.dim / kVec;
-  const int64_t threads = p.batch * p.runs * p.lanes;
-  return launch(name, kernel, dim3(unsigned(ceil_div<int64_t>(threads, kThreads))), dim3(kThreads), 0, at, p);
+  p.lanes = unsigned(p.dim / kVec);
+  return launch_many(name, kernel, p.batch * p.runs * p.lanes, kThreads, p, at);
 }
 
 template <class T>
 const char* launch_time(const char* name, void (*kernel)(ConvParams<T>), const ConvParams<T>& p, const Launch& at) {
-  const int64_t warps = p.batch * p.runs * p.dim;
-  return launch(name, kernel, dim3(unsigned(ceil_div<int64_t>(warps, kThreads / 32))), dim3(kThreads), 0, at, p);
+  return launch_many(name, kernel, p.batch * p.runs * p.dim, kThreads / 32, p, at);
 }
 
 const char* sizes_behind(const char* error, const ConvArgs& a) {
   return with_sizes(error, "batch=%lld, dim=%lld, seqlen=%lld, width=%lld", (long long)a.x.size[0], (long long)a.x.size[1], (long long)a.x.size[2],
                     (long long)a.weight.size[1]);
 }
-
-bool along_time(const ConvArgs& a) { return (a.x.stride[2] == 1 || a.x.size[2] == 1) && a.x.stride[1] != 1; }
 
 }  // namespace
 
@@ -515,12 +487,12 @@ const char* conv_forward(const Launch& at, const ConvArgs& a) {
   PIXELBYTES_DISPATCH_FLOAT(a.x.dtype, T, {
     constexpr int kVec = 16 / sizeof(T);
     const ConvParams<T> p = params_of<T>(a);
-    if (along_time(a))
-      error = packets_along<T, kVec>(2, {&a.x, &a.out}) ? launch_time<T>("conv_forward_time", conv_forward_time<T, kVec>, p, at)
-                                                        : launch_time<T>("conv_forward_time", conv_forward_time<T, 1>, p, at);
+    if (packets_along<T, kVec>(1, {&a.x, &a.out}))
+      error = launch_channels<T, kVec>("conv_forward_channels", conv_forward_channels<T, kVec>, p, at);
+    else if (packets_along<T, kVec>(2, {&a.x, &a.out}))
+      error = launch_time<T>("conv_forward_time", conv_forward_time<T, kVec>, p, at);
     else
-      error = packets_along<T, kVec>(1, {&a.x, &a.out}) ? launch_channels<T, kVec>("conv_forward_channels", conv_forward_channels<T, kVec>, p, at)
-                                                        : launch_channels<T, 1>("conv_forward_channels", conv_forward_channels<T, 1>, p, at);
+      error = launch_channels<T, 1>("conv_forward_strided", conv_forward_channels<T, 1>, p, at);
   })
   return sizes_behind(error, a);
 }
@@ -530,16 +502,12 @@ const char* conv_backward(const Launch& at, const ConvArgs& a) {
   PIXELBYTES_DISPATCH_FLOAT(a.x.dtype, T, {
     constexpr int kVec = 4;
     const ConvParams<T> p = params_of<T>(a);
-    // Only kVec > 1 of the time arrangement has the steps at hand that an initial state reaches.
-    const bool time = along_time(a) && packets_along<T, kVec>(2, {&a.x, &a.dout, &a.dx});
-    if (time)
+    if (packets_along<T, kVec>(1, {&a.x, &a.dout, &a.dx}))
+      error = launch_channels<T, kVec>("conv_backward_channels", conv_backward_channels<T, kVec>, p, at);
+    else if (packets_along<T, kVec>(2, {&a.x, &a.dout, &a.dx}))
       error = launch_time<T>("conv_backward_time", conv_backward_time<T, kVec>, p, at);
-    else if (along_time(a) && !a.dinitial_states)
-      error = launch_time<T>("conv_backward_time", conv_backward_time<T, 1>, p, at);
     else
-      error = packets_along<T, kVec>(1, {&a.x, &a.dout, &a.dx})
-                  ? launch_channels<T, kVec>("conv_backward_channels", conv_backward_channels<T, kVec>, p, at)
-                  : launch_channels<T, 1>("conv_backward_channels", conv_backward_channels<T, 1>, p, at);
+      error = launch_channels<T, 1>("conv_backward_strided", conv_backward_channels<T, 1>, p, at);
   })
   if (!error && a.partial)
     error = ordered_sum(at, reinterpret_cast<const float*>(a.partial.data), a.partial.size[0], a.partial.size[1] * a.partial.size[2],

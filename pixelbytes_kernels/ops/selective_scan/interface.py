@@ -9,7 +9,7 @@ from ..._backend import resolve
 from ..._check import require_device, require_floats, require_ints, require_shape
 from .reference import selective_scan_ref
 
-IMPLEMENTED = ("reference", "torch", "cpu")
+IMPLEMENTED = ("reference", "torch", "cpu", "cuda", "triton")
 MAX_DSTATE = 256
 
 

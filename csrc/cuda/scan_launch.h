@@ -1,0 +1,95 @@
+// From Python's tensors to a kernel's parameters, and which kernel serves which sizes.
+#pragma once
+#include <climits>
+
+#include "scan_tile.h"
+
+namespace pixelbytes::cuda {
+
+// A kernel serves every dstate up to its own; see ScanShape for `staged`.
+template <int kDstate, bool kStaged>
+struct Case {
+  static constexpr int dstate = kDstate;
+  static constexpr bool staged = kStaged;
+};
+
+// Forward: 4 threads a channel, so that small batches fill a device; 16 above dstate 64.
+template <class C>
+using ForwardShape = Shape<C::dstate == 256 ? 16 : C::dstate / 4, C::dstate == 256 ? 16 : 4, C::dstate == 256 ? 8 : 16, C::staged>;
+
+// Backward: 4 states a thread (2 at dstate 8, 8 at 256), so that what it keeps stays in registers.
+template <class C>
+using BackwardShape = Shape<C::dstate == 8 ? 2 : C::dstate == 256 ? 8 : 4, C::dstate <= 16 ? 4 : C::dstate == 256 ? 32 : C::dstate / 4,
+                            C::dstate <= 32 ? 16 : C::dstate == 64 ? 8 : 4, C::staged>;
+
+template <class F>
+auto with_case(int dstate, bool direct, F f) {
+  if (direct) return dstate <= 16 ? f(Case<16, false>{}) : dstate <= 64 ? f(Case<64, false>{}) : f(Case<256, false>{});
+  return dstate <= 8 ? f(Case<8, true>{}) : dstate <= 16 ? f(Case<16, true>{}) : dstate <= 32 ? f(Case<32, true>{}) : f(Case<64, true>{});
+}
+
+inline Rows rows_of(const Tensor& t) {
+  if (!t) return {};
+  return {t.data, t.dtype, t.stride[0], t.stride[1], t.stride[2]};
+}
+
+inline Coefficient coefficient_of(const Tensor& t) {
+  if (t.ndim == 2) return {t.data, t.dtype, 0, t.stride[0], 1, 0, true};
+  return {t.data, t.dtype, t.stride[0], t.stride[1], t.stride[2], t.stride[3], false};
+}
+
+inline const float* floats(const Tensor& t) { return reinterpret_cast<const float*>(t.data); }
+inline float* results(const Tensor& t) { return reinterpret_cast<float*>(t.data); }
+
+inline bool is_direct(const ScanArgs& args) {
+  bool direct = args.direction[0].A.size[1] > kDirectDstate;
+  for (int i = 0; i < args.directions; ++i)
+    direct |= args.direction[i].B.ndim == 2 || args.direction[i].C.ndim == 2;
+  return direct;
+}
+
+inline ScanParams scan_params(const ScanArgs& args) {
+  ScanParams p;
+  const ScanDirection& first = args.direction[0];
+  p.directions = args.directions;
+  p.batch = int(first.u.size[0]), p.dim = int(first.u.size[1]), p.seqlen = int(first.u.size[2]), p.dstate = int(first.A.size[1]);
+  for (int i = 0; i < args.directions; ++i) {
+    const ScanDirection& own = args.direction[i];
+    const auto either = [&](Tensor ScanDirection::*member) { return own.*member ? own.*member : first.*member; };
+    Direction& d = p.direction[i];
+    d.reverse = own.reverse;
+    d.u = rows_of(either(&ScanDirection::u)), d.delta = rows_of(either(&ScanDirection::delta));
+    d.A = floats(either(&ScanDirection::A)), d.D = floats(either(&ScanDirection::D)), d.delta_bias = floats(either(&ScanDirection::delta_bias));
+    const Tensor B = either(&ScanDirection::B), C = either(&ScanDirection::C);
+    d.B = coefficient_of(B), d.C = coefficient_of(C);
+    for (const Tensor& t : {B, C})
+      if (t.ndim == 4) p.groups = int(t.size[1]);
+    d.initial_state = floats(own.initial_state), d.dlast_state = floats(own.dlast_state);
+    d.last_state = results(own.last_state), d.states = results(own.states);
+    d.du = rows_of(own.du), d.ddelta = rows_of(own.ddelta);
+    d.dA = results(own.dA), d.dB = results(own.dB), d.dC = results(own.dC);
+    d.dD = results(own.dD), d.ddelta_bias = results(own.ddelta_bias), d.dinitial_state = results(own.dinitial_state);
+  }
+  p.z = rows_of(args.z), p.out = rows_of(args.out), p.dout = rows_of(args.dout), p.dz = rows_of(args.dz);
+  p.seq_idx = reinterpret_cast<const int*>(args.seq_idx.data);
+  p.scale = float(args.scale), p.softplus = args.delta_softplus;
+  p.shares_u = args.directions == 2 && !args.direction[1].u, p.shares_delta = args.directions == 2 && !args.direction[1].delta;
+  p.time_fast = p.direction[0].u.step == 1 && p.seqlen > 1;
+  p.state_fast = p.direction[0].B.state == 1;
+  return p;
+}
+
+// Runs Kernel<its shape>::run(at, params, blocks) for the sizes of `args`.
+template <template <class> class Kernel, template <class> class ShapeOf>
+const char* launch_scan(const Launch& at, const ScanArgs& args) {
+  ScanParams p = scan_params(args);
+  return with_case(p.dstate, is_direct(args), [&](auto c) -> const char* {
+    using S = ShapeOf<decltype(c)>;
+    p.tiles = ceil_div(p.dim / p.groups, S::channels);
+    const int64_t blocks = int64_t(p.batch) * p.groups * p.tiles;
+    const char* error = blocks > INT_MAX ? "selective_scan: too many channels for one launch" : Kernel<S>::run(at, p, int(blocks));
+    return with_sizes(error, "batch %d, dim %d, seqlen %d, dstate %d", p.batch, p.dim, p.seqlen, p.dstate);
+  });
+}
+
+}  // namespace pixelbytes::cuda

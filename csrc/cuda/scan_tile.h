@@ -1,0 +1,290 @@
+// Shared by both passes of the scan: parameters of a kernel, the tile of a block, staging.
+//
+// A block owns one batch row and a tile of neighbouring channels. Half of its threads walk time upwards, the other half downwards (or there
+// is one half only), a chunk of kChunk steps at a time. Each channel's states are spread over `lanes` threads of a warp. The two halves
+// meet in the middle: whichever comes first to a chunk leaves its share of a result in global memory, the other adds its own.
+#pragma once
+#include "device.h"
+#include "selective_scan.h"
+
+namespace pixelbytes::cuda {
+
+// states: held by one thread; lanes: threads of a channel; channels: of a tile; staged: B and C come through shared memory.
+template <int kStates, int kLanes, int kChannels, bool kStaged>
+struct Shape {
+  static constexpr int states = kStates, lanes = kLanes, channels = kChannels, dstate = kStates * kLanes;
+  static constexpr bool staged = kStaged;
+  static constexpr int threads = kChannels * kLanes;         // of one direction
+  static constexpr int elements = kChunk * kChannels / threads;  // of a chunk of a (batch, dim, seqlen) tensor that a thread loads and stores
+  static constexpr int pitch = kChannels + 1;                // of a plane (step, channel): odd, so that neither axis conflicts
+  static constexpr int row = 2 * dstate + 4;                 // of a staged step: B, then C; the 4 spread a column over the banks
+  static_assert(threads % 32 == 0 && kLanes <= 32 && kChunk % kLanes == 0);
+};
+
+// A (batch, dim, seqlen) tensor.
+struct Rows {
+  char* data = nullptr;
+  DType dtype = DType::none;
+  int64_t batch = 0, dim = 0, step = 0;
+  __host__ __device__ explicit operator bool() const { return data != nullptr; }
+};
+
+// B or C. Staged: any float dtype, strides of (batch, group, state, step). Direct: fp32, the states of a step next to each other.
+struct Coefficient {
+  char* data = nullptr;
+  DType dtype = DType::none;
+  int64_t batch = 0, group = 0, state = 0, step = 0;
+  bool constant = false;  // direct only: `group` counts channels
+};
+
+struct Direction {
+  int reverse = 0;
+  Rows u, delta, du, ddelta;
+  Coefficient B, C;
+  const float *A = nullptr, *D = nullptr, *delta_bias = nullptr, *initial_state = nullptr, *dlast_state = nullptr;
+  float *last_state = nullptr, *states = nullptr;
+  float *dA = nullptr, *dB = nullptr, *dC = nullptr, *dD = nullptr, *ddelta_bias = nullptr, *dinitial_state = nullptr;
+};
+
+struct ScanParams {
+  Direction direction[2];
+  Rows z, out, dout, dz;
+  const int* seq_idx = nullptr;
+  int directions = 1, batch = 0, dim = 0, seqlen = 0, dstate = 0;
+  int groups = 1, tiles = 1;  // tiles of a group
+  int time_fast = 0;          // neighbouring threads load neighbouring steps, not channels
+  int state_fast = 0;         // ... neighbouring states of B and C, not steps
+  float scale = 1.0f;
+  int softplus = 0;
+  int shares_u = 0, shares_delta = 0;  // both directions read, and have the gradient of, the same tensor
+};
+
+struct Tile {
+  int batch, group, index, first, count;  // channels first .. first + count of `dim`
+
+  template <class S>
+  static __device__ Tile of(const ScanParams& p) {
+    const int tiles = p.groups * p.tiles, in_group = p.dim / p.groups;
+    Tile t;
+    t.batch = int(blockIdx.x) / tiles;
+    const int k = int(blockIdx.x) % tiles;
+    t.group = k / p.tiles, t.index = k % p.tiles;
+    t.first = t.group * in_group + t.index * S::channels;
+    t.count = min(S::channels, in_group - t.index * S::channels);
+    return t;
+  }
+};
+
+// A stretch of time: steps first .. first + count.
+struct Chunk {
+  int index, first, count;
+
+  static __device__ Chunk at(int index, int seqlen) { return {index, index * kChunk, min(kChunk, seqlen - index * kChunk)}; }
+};
+
+// ---- arithmetic -----------------------------------------------------------------------------------------------------------------------
+
+constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+
+__device__ inline float exp2_fast(float x) {  // NaN stays NaN
+#ifdef PIXELBYTES_EMULATE
+  return exp2f(x);
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
+// log(1 + exp(x)) = max(x, 0) + 2 atanh(e / (2 + e)) with e = exp(-|x|) <= 1: no cancellation anywhere. Above 20 it is x in fp32.
+__device__ inline float softplus(float x) {
+  const float e = exp2_fast(-fabsf(x) * kLog2e), s = __fdividef(e, 2.0f + e), q = s * s;
+  float poly = 2.0f / 13;
+  poly = fmaf(poly, q, 2.0f / 11), poly = fmaf(poly, q, 2.0f / 9), poly = fmaf(poly, q, 2.0f / 7);
+  poly = fmaf(poly, q, 2.0f / 5), poly = fmaf(poly, q, 2.0f / 3), poly = fmaf(poly, q, 2.0f);
+  return (x > 0 ? x : 0.0f) + s * poly;  // the NaN of x comes through s
+}
+
+// The derivative of softplus from its value: 1 - exp(-value), by a series where that cancels.
+__device__ inline float softplus_slope(float value) {
+  float series = 1.0f / 120;
+  series = fmaf(series, -value, 1.0f / 24), series = fmaf(series, -value, 1.0f / 6), series = fmaf(series, -value, 0.5f);
+  series = fmaf(series, -value, 1.0f) * value;
+  return value < 0.1f ? series : 1.0f - exp2_fast(-value * kLog2e);
+}
+
+__device__ inline float sigmoid(float x) { return __fdividef(1.0f, 1.0f + exp2_fast(-x * kLog2e)); }
+
+// The sum over `lanes` neighbouring threads, from `apart` threads apart onwards, in each of them.
+template <int lanes, int apart = 1>
+__device__ inline float sum_of_lanes(float v) {
+#pragma unroll
+  for (int lane = apart; lane < lanes; lane *= 2) v += __shfl_xor_sync(0xffffffffu, v, lane);
+  return v;
+}
+
+// Sums each of the values over `lanes` neighbouring threads; thread `part` (of those below `count`) is left with the sum of value `part`.
+template <int lanes, int count>
+__device__ inline float sum_to_lane(float (&v)[count], int part) {
+  static_assert(count == 4 && lanes >= 4);
+#pragma unroll
+  for (int half = count / 2; half >= 1; half /= 2) {
+    const bool upper = part & half;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float send = upper ? v[i] : v[i + half], keep = upper ? v[i + half] : v[i];
+      v[i] = keep + __shfl_xor_sync(0xffffffffu, send, half);
+    }
+  }
+  return sum_of_lanes<lanes, count>(v[0]);
+}
+
+// ---- staging --------------------------------------------------------------------------------------------------------------------------
+
+// Which elements (step, channel) of a chunk belong to a thread: element i is at (step + i * step_by, channel + i * channel_by).
+template <class S>
+struct Elements {
+  int step, channel, step_by, channel_by;
+
+  __device__ Elements(int thread, bool time_fast) {
+    step = time_fast ? thread % kChunk : thread / S::channels;
+    channel = time_fast ? thread / kChunk : thread % S::channels;
+    step_by = time_fast ? 0 : S::lanes;
+    channel_by = time_fast ? S::threads / kChunk : 0;
+  }
+  // How many of this thread's elements the tile and the chunk have: the first so many.
+  __device__ int count(const Tile& tile, const Chunk& chunk) const {
+    if (step >= chunk.count || channel >= tile.count) return 0;
+    return channel_by ? ceil_div(tile.count - channel, channel_by) : ceil_div(chunk.count - step, step_by);
+  }
+  __device__ int slot(int i) const { return (step + i * step_by) * S::pitch + channel + i * channel_by; }
+
+  // A value of element i's channel, 0 if there is no such array or channel.
+  __device__ float of_channel(const float* values, const Tile& tile, int i) const {
+    const int c = channel + i * channel_by;
+    return values && c < tile.count ? load_value_readonly(values + tile.first + c) : 0.0f;
+  }
+
+  __device__ int64_t offset(const Rows& rows, const Tile& tile, const Chunk& chunk) const {
+    return tile.batch * rows.batch + (tile.first + channel) * rows.dim + (chunk.first + step) * rows.step;
+  }
+  __device__ int64_t stride(const Rows& rows) const { return step_by * rows.step + channel_by * rows.dim; }
+
+  // Zeros where the tile or the chunk has no such element.
+  __device__ void load(const Rows& rows, const Tile& tile, const Chunk& chunk, float (&v)[S::elements]) const {
+    if (rows.dtype == DType::f16) return load_as<__half>(rows, tile, chunk, v);
+    if (rows.dtype == DType::bf16) return load_as<__nv_bfloat16>(rows, tile, chunk, v);
+    load_as<float>(rows, tile, chunk, v);
+  }
+  __device__ void store(const Rows& rows, const Tile& tile, const Chunk& chunk, const float (&v)[S::elements]) const {
+    if (rows.dtype == DType::f16) return store_as<__half>(rows, tile, chunk, v);
+    if (rows.dtype == DType::bf16) return store_as<__nv_bfloat16>(rows, tile, chunk, v);
+    store_as<float>(rows, tile, chunk, v);
+  }
+
+ private:
+  template <class T>
+  __device__ void load_as(const Rows& rows, const Tile& tile, const Chunk& chunk, float (&v)[S::elements]) const {
+    const T* p = reinterpret_cast<const T*>(rows.data) + offset(rows, tile, chunk);
+    const int64_t by = stride(rows);
+    const int held = count(tile, chunk);
+#pragma unroll
+    for (int i = 0; i < S::elements; ++i, p += by) v[i] = i < held ? cuda::load(p) : 0.0f;
+  }
+  template <class T>
+  __device__ void store_as(const Rows& rows, const Tile& tile, const Chunk& chunk, const float (&v)[S::elements]) const {
+    T* p = reinterpret_cast<T*>(rows.data) + offset(rows, tile, chunk);
+    const int64_t by = stride(rows);
+    const int held = count(tile, chunk);
+#pragma unroll
+    for (int i = 0; i < S::elements; ++i, p += by)
+      if (i < held) cuda::store(p, v[i]);
+  }
+};
+
+// B (at column 0) or C (at column dstate) of a chunk into rows of S::row floats; states beyond `dstate` are zeros.
+template <class S, class T>
+__device__ inline void stage_coefficient_as(const Coefficient& source, const ScanParams& p, const Tile& tile, const Chunk& chunk, int thread,
+                                            float* rows) {
+  const T* base = reinterpret_cast<const T*>(source.data) + tile.batch * source.batch + tile.group * source.group + chunk.first * source.step;
+  constexpr int kEach = kChunk * S::dstate / S::threads;
+  static_assert(S::threads % S::dstate == 0 && S::threads % kChunk == 0);
+  const int step = p.state_fast ? thread / S::dstate : thread % kChunk, state = p.state_fast ? thread % S::dstate : thread / kChunk;
+  const int step_by = p.state_fast ? S::threads / S::dstate : 0, state_by = p.state_fast ? 0 : S::threads / kChunk;
+  int held = 0;
+  if (step < chunk.count && state < p.dstate)
+    held = p.state_fast ? ceil_div(chunk.count - step, step_by) : ceil_div(p.dstate - state, state_by);
+  const T* from = base + step * source.step + state * source.state;
+  const int64_t by = step_by * source.step + state_by * source.state;
+  float* to = rows + step * S::row + state;
+  const int to_by = step_by * S::row + state_by;
+#pragma unroll 8
+  for (int i = 0; i < kEach; ++i, from += by, to += to_by) *to = i < held ? cuda::load_readonly(from) : 0.0f;
+}
+template <class S>
+__device__ inline void stage_coefficient(const Coefficient& source, const ScanParams& p, const Tile& tile, const Chunk& chunk, int thread,
+                                         float* rows) {
+  if (source.dtype == DType::f16) return stage_coefficient_as<S, __half>(source, p, tile, chunk, thread, rows);
+  if (source.dtype == DType::bf16) return stage_coefficient_as<S, __nv_bfloat16>(source, p, tile, chunk, thread, rows);
+  stage_coefficient_as<S, float>(source, p, tile, chunk, thread, rows);
+}
+
+// The states of a thread at one step of B or C.
+template <int count>
+__device__ inline void read_states(const float* p, float (&v)[count]) {
+  if constexpr (count % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < count; i += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(p + i);
+      v[i] = four.x, v[i + 1] = four.y, v[i + 2] = four.z, v[i + 3] = four.w;
+    }
+  } else {
+    static_assert(count == 2);
+    const float2 two = *reinterpret_cast<const float2*>(p);
+    v[0] = two.x, v[1] = two.y;
+  }
+}
+
+// Where a thread finds its states of B and C: in the staged rows of the chunk, or in global memory.
+template <class S>
+struct Coefficients {
+  const float *B, *C;
+  int64_t B_step, C_step;
+
+  __device__ Coefficients(const Direction& d, const Tile& tile, int channel, int part, const float* rows) {
+    if constexpr (S::staged) {
+      B = rows + part * S::states, C = B + S::dstate, B_step = C_step = S::row;
+    } else {
+      B = base(d.B, tile, channel) + part * S::states, B_step = d.B.step;
+      C = base(d.C, tile, channel) + part * S::states, C_step = d.C.step;
+    }
+  }
+  // `step` counts from the first step of `chunk`.
+  __device__ void read_B(const Chunk& chunk, int step, float (&v)[S::states]) const { read(B, B_step, chunk, step, v); }
+  __device__ void read_C(const Chunk& chunk, int step, float (&v)[S::states]) const { read(C, C_step, chunk, step, v); }
+
+ private:
+  static __device__ const float* base(const Coefficient& c, const Tile& tile, int channel) {
+    const int of = c.constant ? tile.first + min(channel, tile.count - 1) : tile.group;
+    return reinterpret_cast<const float*>(c.data) + tile.batch * c.batch + of * c.group;
+  }
+  static __device__ void read(const float* p, int64_t by, const Chunk& chunk, int step, float (&v)[S::states]) {
+    if constexpr (S::staged)
+      read_states(p + step * S::row, v);
+    else
+      load_many_readonly(p + (chunk.first + step) * by, v);
+  }
+};
+
+// Bit i of the result, in every thread of the first warp of a direction: at step i of the chunk the state restarts from zero.
+__device__ inline unsigned resets_of(const ScanParams& p, const Tile& tile, const Chunk& chunk, bool reverse, int thread) {
+  const int step = chunk.first + thread, before = reverse ? step + 1 : step - 1;
+  bool reset = false;
+  if (thread < chunk.count && before >= 0 && before < p.seqlen) {
+    const int* row = p.seq_idx + int64_t(tile.batch) * p.seqlen;
+    reset = load_value_readonly(row + step) != load_value_readonly(row + before);
+  }
+  return __ballot_sync(0xffffffffu, reset);
+}
+
+}  // namespace pixelbytes::cuda

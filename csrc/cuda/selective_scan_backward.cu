@@ -1,0 +1,349 @@
+// The scan's backward.
+//
+// A block: see scan_tile.h; a direction visits its chunks from its last to its first. From the state stored at a chunk's entry it computes
+// the chunk's states once, keeping one in kGroup in registers, and then, group by group from the last, once more with every state kept,
+// before the adjoint g_t = C_t dy_t + a_{t+1} g_{t+1} walks back. dB_t = sum of dt u g and dC_t = sum of dy h run over the channels of the
+// tile, through shared memory: one addend a tile, no atomics. Shared memory per direction: planes (step, channel) of step size, u and dy,
+// which the results ddelta, du and y replace; the staged B and C; the states of a group: 6,528 + 4,608 + 4,096 bytes at dstate 16.
+// Deterministic: fixed order of all sums.
+#include "scan_launch.h"
+#include "scan_tile.h"
+
+namespace pixelbytes::cuda {
+namespace {
+
+constexpr int kGroup = 4;  // steps whose states are kept at once
+constexpr int kGroups = kChunk / kGroup;
+
+template <class S>
+struct alignas(16) SharedBackward {
+  float delta[kChunk * S::pitch], u[kChunk * S::pitch], dy[kChunk * S::pitch];
+  alignas(16) float rows[S::staged ? kChunk * S::row : 4];
+  alignas(16) float states[kGroup * S::channels * S::dstate];  // (step of the group, channel, state)
+  unsigned resets;
+};
+
+template <int count>
+__device__ inline void write_states(float* p, const float (&v)[count]) {
+  if constexpr (count % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < count; i += 4) *reinterpret_cast<float4*>(p + i) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
+  } else {
+    *reinterpret_cast<float2*>(p) = make_float2(v[0], v[1]);
+  }
+}
+
+// Sums of factor * state over the channels of the tile, for the steps of a group, into an addend of dB or dC. `factor(step, channel)`.
+template <class S, class Factor>
+__device__ inline void sum_over_channels(const ScanParams& p, const Tile& tile, const Chunk& chunk, int start, int by, int count, int thread,
+                                         const float* states, float* gradient, Factor factor) {
+  constexpr int kFours = S::dstate / 4, kTasks = kGroup * kFours;
+  constexpr int kRounds = kTasks > S::threads ? kTasks / S::threads : 1, kSplit = kTasks > S::threads ? 1 : S::threads / kTasks;
+  static_assert(kSplit * kFours <= 32 || kSplit == 1);
+#pragma unroll
+  for (int round = 0; round < kRounds; ++round) {
+    const int task = round * S::threads + thread;
+    const int four = task % kFours, share = task / kFours % kSplit, j = task / (kFours * kSplit);
+    float sum[4] = {};
+    if (j < count) {
+#pragma unroll
+      for (int i = 0; i < S::channels / kSplit; ++i) {
+        const int channel = share + i * kSplit;
+        if (channel >= tile.count) break;
+        float v[4];
+        read_states(states + (j * S::channels + channel) * S::dstate + 4 * four, v);
+        const float f = factor(start + j * by, channel);
+#pragma unroll
+        for (int n = 0; n < 4; ++n) sum[n] = fmaf(f, v[n], sum[n]);
+      }
+    }
+    if constexpr (kSplit > 1) {
+#pragma unroll
+      for (int n = 0; n < 4; ++n) sum[n] = sum_of_lanes<kSplit * kFours, kFours>(sum[n]);
+    }
+    if (j < count && share == 0) {
+      const int64_t at = ((int64_t(tile.index) * p.batch + tile.batch) * p.groups + tile.group) * p.seqlen + chunk.first + start + j * by;
+      store_many<4>(gradient + at * S::dstate + 4 * four, sum);
+    }
+  }
+}
+
+// The same for a coefficient that is constant in time: sums over the steps of a group, added to what earlier groups left.
+template <class S, class Factor>
+__device__ inline void sum_over_steps(const ScanParams& p, const Tile& tile, int start, int by, int count, int thread, const float* states,
+                                      float* gradient, Factor factor) {
+  constexpr int kFours = S::dstate / 4, kTasks = S::channels * kFours;
+  for (int task = thread; task < kTasks; task += S::threads) {
+    const int four = task % kFours, channel = task / kFours;
+    if (channel >= tile.count) break;
+    float* const place = gradient + (int64_t(tile.batch) * p.dim + tile.first + channel) * S::dstate + 4 * four;
+    float sum[4];
+    load_many<4>(place, sum);
+    for (int j = 0; j < count; ++j) {
+      float v[4];
+      read_states(states + (j * S::channels + channel) * S::dstate + 4 * four, v);
+      const float f = factor(start + j * by, channel);
+#pragma unroll
+      for (int n = 0; n < 4; ++n) sum[n] = fmaf(f, v[n], sum[n]);
+    }
+    store_many<4>(place, sum);
+  }
+}
+
+template <class S>
+__global__ void __launch_bounds__(2 * S::threads, 256 / (2 * S::threads)) scan_backward(const __grid_constant__ ScanParams p) {
+  const int side = int(threadIdx.x) / S::threads, thread = int(threadIdx.x) % S::threads;
+  const int channel = thread / S::lanes, part = thread % S::lanes;
+  const Tile tile = Tile::of<S>(p);
+  const Direction& d = p.direction[side];
+  const bool reverse = d.reverse, two = p.directions == 2;
+  SharedBackward<S>* const shared = shared_memory<SharedBackward<S>>();
+  SharedBackward<S>& own = shared[side];
+  const Elements<S> elements(thread, p.time_fast);
+  const Coefficients<S> coefficients(d, tile, channel, part, own.rows);
+  float* const own_states = own.states + channel * S::dstate + part * S::states;
+
+  const bool active = channel < tile.count;
+  const int64_t row = int64_t(tile.batch) * p.dim + tile.first + channel;  // of (batch, dim)
+  float A[S::states], g[S::states], dA[S::states];  // g: a_{t+1} g_{t+1}
+#pragma unroll
+  for (int i = 0; i < S::states; ++i) {
+    const int n = part * S::states + i;
+    const bool real = active && n < p.dstate;
+    A[i] = real ? kLog2e * load_value_readonly(d.A + int64_t(tile.first + channel) * p.dstate + n) : 0.0f;
+    g[i] = real && d.dlast_state ? load_value_readonly(d.dlast_state + row * p.dstate + n) : 0.0f;
+    dA[i] = 0.0f;
+  }
+  const float D = active && d.D ? load_value_readonly(d.D + tile.first + channel) : 0.0f;
+  float dD = 0.0f, dbias = 0.0f;
+
+  const bool wants_y = p.dz || p.out;
+  const Rows& y_rows = p.out ? p.out : p.dz;  // where the direction that comes first leaves its y
+  const int chunks = ceil_div(p.seqlen, kChunk);
+
+  for (int visit = 0; visit < chunks; ++visit) {
+    const Chunk chunk = Chunk::at(reverse ? visit : chunks - 1 - visit, p.seqlen);
+    const bool comes_first = two && 2 * visit < chunks - 1, meets = two && 2 * visit == chunks - 1, adds = two && 2 * visit > chunks - 1;
+
+    float z[S::elements], dout[S::elements];
+    {
+      float u[S::elements], delta[S::elements];
+      elements.load(d.u, tile, chunk, u);
+      elements.load(d.delta, tile, chunk, delta);
+      elements.load(p.dout, tile, chunk, dout);
+      if (p.z) elements.load(p.z, tile, chunk, z);
+#pragma unroll
+      for (int i = 0; i < S::elements; ++i) {
+        const float x = delta[i] + elements.of_channel(d.delta_bias, tile, i);
+        const int slot = elements.slot(i);
+        own.delta[slot] = p.softplus ? softplus(x) : x;
+        own.u[slot] = u[i];
+        dout[i] *= p.scale;
+        own.dy[slot] = p.z ? dout[i] * (z[i] * sigmoid(z[i])) : dout[i];
+      }
+    }
+    if constexpr (S::staged) {
+      stage_coefficient<S>(d.B, p, tile, chunk, thread, own.rows);
+      stage_coefficient<S>(d.C, p, tile, chunk, thread, own.rows + S::dstate);
+    }
+    if (thread < 32) {
+      const unsigned resets = p.seq_idx ? resets_of(p, tile, chunk, reverse, thread) : 0u;
+      if (thread == 0) own.resets = resets;
+    }
+    float h[S::states];
+    if (active) {
+      const float* stored = d.states + (int64_t(chunk.index) * p.batch * p.dim + row) * S::dstate + part * S::states;
+      load_many<S::states>(stored, h);
+    } else {
+#pragma unroll
+      for (int i = 0; i < S::states; ++i) h[i] = 0.0f;
+    }
+    __syncthreads();
+
+    // Step k of the chunk in the direction's own time has the slot start + k * by.
+    const int start = reverse ? chunk.count - 1 : 0, by = reverse ? -1 : 1;
+    const unsigned resets = own.resets;
+
+    float entry[kGroups][S::states];  // state at the entry of each group
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+#pragma unroll
+      for (int i = 0; i < S::states; ++i) entry[group][i] = h[i];
+      if (group == kGroups - 1) break;
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) {
+        const int k = group * kGroup + j, step = start + k * by;
+        if (k >= chunk.count) break;
+        const int slot = step * S::pitch + channel;
+        const float dt = own.delta[slot], v = dt * own.u[slot];
+        float B[S::states];
+        coefficients.read_B(chunk, step, B);
+        const bool reset = resets >> step & 1;
+#pragma unroll
+        for (int i = 0; i < S::states; ++i) h[i] = fmaf(exp2_fast(dt * A[i]), reset ? 0.0f : h[i], v * B[i]);
+      }
+    }
+
+#pragma unroll
+    for (int group = kGroups - 1; group >= 0; --group) {
+      const int first = start + group * kGroup * by, count = min(kGroup, chunk.count - group * kGroup);  // count may be negative
+      float a[kGroup][S::states], before[kGroup][S::states], y[kGroup] = {};
+#pragma unroll
+      for (int i = 0; i < S::states; ++i) h[i] = entry[group][i];
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) {
+        if (j >= count) break;
+        const int step = first + j * by, slot = step * S::pitch + channel;
+        const float dt = own.delta[slot], v = dt * own.u[slot];
+        float B[S::states];
+        coefficients.read_B(chunk, step, B);
+        const bool reset = resets >> step & 1;
+#pragma unroll
+        for (int i = 0; i < S::states; ++i) {
+          before[j][i] = reset ? 0.0f : h[i];
+          a[j][i] = exp2_fast(dt * A[i]);
+          h[i] = fmaf(a[j][i], before[j][i], v * B[i]);
+        }
+        write_states(own_states + j * S::channels * S::dstate, h);
+        if (wants_y) {
+          float C[S::states];
+          coefficients.read_C(chunk, step, C);
+#pragma unroll
+          for (int i = 0; i < S::states; ++i) y[j] = fmaf(C[i], h[i], y[j]);
+        }
+      }
+      __syncthreads();
+      if (d.dC) {
+        const auto factor = [&](int step, int c) { return own.dy[step * S::pitch + c]; };
+        if (!S::staged && d.C.constant)
+          sum_over_steps<S>(p, tile, first, by, count, thread, own.states, d.dC, factor);
+        else
+          sum_over_channels<S>(p, tile, chunk, first, by, count, thread, own.states, d.dC, factor);
+      }
+      __syncthreads();
+      float du[kGroup] = {}, ddelta[kGroup] = {};  // shares of this thread's states: g B, and a g h A
+#pragma unroll
+      for (int j = kGroup - 1; j >= 0; --j) {
+        if (j >= count) continue;
+        const int step = first + j * by, slot = step * S::pitch + channel;
+        const float dt = own.delta[slot], dy = own.dy[slot];
+        const bool reset = resets >> step & 1;
+        float B[S::states], C[S::states];
+        coefficients.read_B(chunk, step, B);
+        coefficients.read_C(chunk, step, C);
+#pragma unroll
+        for (int i = 0; i < S::states; ++i) g[i] = fmaf(C[i], dy, g[i]);
+        write_states(own_states + j * S::channels * S::dstate, g);
+#pragma unroll
+        for (int i = 0; i < S::states; ++i) {
+          du[j] = fmaf(g[i], B[i], du[j]);
+          g[i] = reset ? 0.0f : g[i] * a[j][i];
+          const float slope = g[i] * before[j][i];
+          ddelta[j] = fmaf(slope, A[i], ddelta[j]);
+          dA[i] = fmaf(slope, dt, dA[i]);
+        }
+      }
+      // Thread j of a channel finishes step j.
+      const float sum_du = sum_to_lane<S::lanes>(du, part), sum_ddelta = sum_to_lane<S::lanes>(ddelta, part);
+      const float sum_y = wants_y ? sum_to_lane<S::lanes>(y, part) : 0.0f;
+      const bool finishes = part < count && part < kGroup;
+      const int slot = (first + part * by) * S::pitch + channel;
+      float result_du = 0.0f, result_ddelta = 0.0f, result_y = 0.0f;
+      if (finishes) {
+        const float dt = own.delta[slot], u = own.u[slot], dy = own.dy[slot];
+        result_du = fmaf(dt, sum_du, D * dy);
+        result_ddelta = fmaf(u, sum_du, kLn2 * sum_ddelta);
+        if (p.softplus) result_ddelta *= softplus_slope(dt);
+        result_y = fmaf(D, u, sum_y);
+        dD = fmaf(dy, u, dD);
+        dbias += result_ddelta;
+      }
+      __syncthreads();
+      if (d.dB) {
+        const auto factor = [&](int step, int c) { return own.delta[step * S::pitch + c] * own.u[step * S::pitch + c]; };
+        if (!S::staged && d.B.constant)
+          sum_over_steps<S>(p, tile, first, by, count, thread, own.states, d.dB, factor);
+        else
+          sum_over_channels<S>(p, tile, chunk, first, by, count, thread, own.states, d.dB, factor);
+      }
+      __syncthreads();
+      if (finishes) own.delta[slot] = result_ddelta, own.u[slot] = result_du, own.dy[slot] = result_y;
+    }
+    __syncthreads();
+
+    // A shared u or delta has one gradient: whoever comes first leaves its share there, the other adds.
+    const auto put = [&](const Rows& target, bool shares, const float* mine, const float* others) {
+      if (!target || (shares && meets && side == 1)) return;
+      float v[S::elements], left[S::elements];
+      if (shares && adds) elements.load(target, tile, chunk, left);
+#pragma unroll
+      for (int i = 0; i < S::elements; ++i) {
+        const int slot = elements.slot(i);
+        v[i] = mine[slot];
+        if (shares && meets) v[i] += others[slot];
+        if (shares && adds) v[i] += left[i];
+      }
+      elements.store(target, tile, chunk, v);
+    };
+    const SharedBackward<S>& other = shared[two ? 1 - side : 0];
+    put(p.shares_u ? p.direction[0].du : d.du, p.shares_u, own.u, other.u);
+    put(p.shares_delta ? p.direction[0].ddelta : d.ddelta, p.shares_delta, own.delta, other.delta);
+    if (wants_y && !(meets && side == 1)) {
+      float y[S::elements], left[S::elements];
+      if (adds) elements.load(y_rows, tile, chunk, left);
+#pragma unroll
+      for (int i = 0; i < S::elements; ++i) {
+        const int slot = elements.slot(i);
+        y[i] = own.dy[slot];
+        if (meets) y[i] += other.dy[slot];
+        if (adds) y[i] += left[i];
+      }
+      if (comes_first) {
+        elements.store(y_rows, tile, chunk, y);
+      } else {
+        float gated[S::elements];
+        if (p.dz) {
+#pragma unroll
+          for (int i = 0; i < S::elements; ++i) {
+            const float s = sigmoid(z[i]);
+            gated[i] = dout[i] * y[i] * (s * fmaf(z[i], 1.0f - s, 1.0f));
+          }
+          elements.store(p.dz, tile, chunk, gated);
+        }
+        if (p.out) {
+#pragma unroll
+          for (int i = 0; i < S::elements; ++i) gated[i] = p.scale * y[i] * (p.z ? z[i] * sigmoid(z[i]) : 1.0f);
+          elements.store(p.out, tile, chunk, gated);
+        }
+      }
+    }
+    __syncthreads();
+  }
+
+#pragma unroll
+  for (int i = 0; i < S::states; ++i) {
+    const int n = part * S::states + i;
+    if (!active || n >= p.dstate) continue;
+    if (d.dA) store_value(d.dA + row * p.dstate + n, dA[i]);
+    if (d.dinitial_state) store_value(d.dinitial_state + row * p.dstate + n, g[i]);
+  }
+  dD = sum_of_lanes<S::lanes>(dD), dbias = sum_of_lanes<S::lanes>(dbias);
+  if (active && part == 0) {
+    if (d.dD) store_value(d.dD + row, dD);
+    if (d.ddelta_bias) store_value(d.ddelta_bias + row, dbias);
+  }
+}
+
+template <class S>
+struct Backward {
+  static const char* run(const Launch& at, const ScanParams& p, int blocks) {
+    return launch("selective_scan_backward", scan_backward<S>, dim3(unsigned(blocks)), dim3(unsigned(p.directions * S::threads)),
+                  sizeof(SharedBackward<S>) * size_t(p.directions), at, p);
+  }
+};
+
+}  // namespace
+
+const char* selective_scan_backward(const Launch& at, const ScanArgs& args) { return launch_scan<Backward, BackwardShape>(at, args); }
+
+}  // namespace pixelbytes::cuda

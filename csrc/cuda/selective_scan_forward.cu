@@ -1,0 +1,174 @@
+// The scan's forward.
+//
+// A block: see scan_tile.h. Shared memory per direction: a plane (step, channel) of (step size, u) pairs, where y replaces u, and the
+// staged B and C of the chunk: 32 * 17 * 8 + 32 * 36 * 4 = 8,960 bytes at dstate 16. Deterministic: fixed order of all sums.
+#include "scan_launch.h"
+#include "scan_tile.h"
+
+namespace pixelbytes::cuda {
+namespace {
+
+template <class S>
+struct alignas(16) SharedForward {
+  float2 steps[kChunk * S::pitch];
+  alignas(16) float rows[S::staged ? kChunk * S::row : 4];
+  unsigned resets;
+};
+
+template <class S>
+__global__ void __launch_bounds__(2 * S::threads, (S::staged ? 384 : 256) / (2 * S::threads)) scan_forward(const __grid_constant__ ScanParams p) {
+  const int side = int(threadIdx.x) / S::threads, thread = int(threadIdx.x) % S::threads;
+  const int channel = thread / S::lanes, part = thread % S::lanes;
+  const Tile tile = Tile::of<S>(p);
+  const Direction& d = p.direction[side];
+  const bool reverse = d.reverse;
+  SharedForward<S>* const shared = shared_memory<SharedForward<S>>();
+  SharedForward<S>& own = shared[side];
+  const Elements<S> elements(thread, p.time_fast);
+  const Coefficients<S> coefficients(d, tile, channel, part, own.rows);
+
+  const bool active = channel < tile.count;
+  const int64_t row = int64_t(tile.batch) * p.dim + tile.first + channel;  // of (batch, dim)
+  float A[S::states], h[S::states];
+#pragma unroll
+  for (int i = 0; i < S::states; ++i) {
+    const int n = part * S::states + i;
+    const bool real = active && n < p.dstate;
+    A[i] = real ? kLog2e * load_value_readonly(d.A + int64_t(tile.first + channel) * p.dstate + n) : 0.0f;
+    h[i] = real && d.initial_state ? load_value_readonly(d.initial_state + row * p.dstate + n) : 0.0f;
+  }
+  const int chunks = ceil_div(p.seqlen, kChunk);
+  const auto chunk_at = [&](int visit) { return Chunk::at(reverse ? chunks - 1 - visit : visit, p.seqlen); };
+  float u[S::elements], delta[S::elements];
+  elements.load(d.u, tile, chunk_at(0), u);
+  elements.load(d.delta, tile, chunk_at(0), delta);
+
+  for (int visit = 0; visit < chunks; ++visit) {
+    const Chunk chunk = chunk_at(visit);
+    // Of two directions, the one that comes first leaves its y, the other adds it; in the middle of an odd number they meet.
+    const bool two = p.directions == 2, comes_first = two && 2 * visit < chunks - 1, meets = two && 2 * visit == chunks - 1;
+    const bool adds = two && 2 * visit > chunks - 1;
+
+    float skip[S::elements], z[S::elements], partial[S::elements];
+#pragma unroll
+    for (int i = 0; i < S::elements; ++i) {
+      const float x = delta[i] + elements.of_channel(d.delta_bias, tile, i);
+      own.steps[elements.slot(i)] = make_float2(p.softplus ? softplus(x) : x, u[i]);
+      skip[i] = d.D ? elements.of_channel(d.D, tile, i) * u[i] : 0.0f;
+    }
+    if constexpr (S::staged) {
+      stage_coefficient<S>(d.B, p, tile, chunk, thread, own.rows);
+      stage_coefficient<S>(d.C, p, tile, chunk, thread, own.rows + S::dstate);
+    }
+    if (thread < 32) {
+      const unsigned resets = p.seq_idx ? resets_of(p, tile, chunk, reverse, thread) : 0u;
+      if (thread == 0) own.resets = resets;
+    }
+    __syncthreads();
+    // What the end of this chunk and the start of the next need is on its way while the chunk is scanned.
+    if (p.z && !comes_first) elements.load(p.z, tile, chunk, z);
+    if (adds) elements.load(p.out, tile, chunk, partial);
+    if (visit + 1 < chunks) {
+      elements.load(d.u, tile, chunk_at(visit + 1), u);
+      elements.load(d.delta, tile, chunk_at(visit + 1), delta);
+    }
+    if (d.states && active) {
+      float* stored = d.states + (int64_t(chunk.index) * p.batch * p.dim + row) * S::dstate + part * S::states;
+      if constexpr (S::states == 2)
+        store_many<2>(stored, h);
+      else
+        store_many<S::states>(stored, h);
+    }
+
+    const int start = reverse ? chunk.count - 1 : 0, by = reverse ? -1 : 1;
+    const unsigned resets = own.resets;
+    float2* const plane = own.steps + channel;
+    // y of one step, this thread's states only
+    const auto step = [&](int k, float2 in) {
+      float B[S::states], C[S::states], y = 0.0f;
+      coefficients.read_B(chunk, k, B);
+      coefficients.read_C(chunk, k, C);
+      const float v = in.x * in.y;
+#pragma unroll
+      for (int i = 0; i < S::states; ++i) {
+        h[i] = fmaf(exp2_fast(in.x * A[i]), h[i], v * B[i]);
+        y = fmaf(C[i], h[i], y);
+      }
+      return y;
+    };
+    constexpr bool kTogether = S::staged && S::states <= 4;
+    // Four steps share one sum over lanes, where registers allow; where the state restarts, steps are taken one by one.
+    const int quick = kTogether && !resets ? chunk.count / 4 * 4 : 0;
+    if constexpr (kTogether) {
+      for (int k = start, left = quick; left; k += 4 * by, left -= 4) {
+        float2 in[4];
+        float y[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) in[j] = plane[(k + j * by) * S::pitch];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) y[j] = step(k + j * by, in[j]);
+        const float sum = sum_to_lane<S::lanes>(y, part);
+        if (part < 4) plane[(k + part * by) * S::pitch].y = sum;
+      }
+    }
+#pragma unroll 1
+    for (int done = quick; done < chunk.count; ++done) {
+      const int k = start + done * by;
+      if (resets >> k & 1) {
+#pragma unroll
+        for (int i = 0; i < S::states; ++i) h[i] = 0.0f;
+      }
+      const float sum = sum_of_lanes<S::lanes>(step(k, plane[k * S::pitch]));
+      if (part == 0) plane[k * S::pitch].y = sum;
+    }
+    __syncthreads();
+
+    if (meets) {  // the other direction's skip is in other threads: put it where both can read it
+#pragma unroll
+      for (int i = 0; i < S::elements; ++i) own.steps[elements.slot(i)].y += skip[i];
+      __syncthreads();
+    }
+    if (!meets || side == 0) {
+      float y[S::elements];
+#pragma unroll
+      for (int i = 0; i < S::elements; ++i) {
+        const int slot = elements.slot(i);
+        y[i] = own.steps[slot].y + (meets ? shared[1].steps[slot].y : skip[i]);
+        if (adds) y[i] += partial[i];
+        if (comes_first) continue;
+        y[i] *= p.scale;
+        if (p.z) y[i] *= z[i] * sigmoid(z[i]);
+      }
+      elements.store(p.out, tile, chunk, y);
+    }
+    __syncthreads();
+  }
+
+  if (d.last_state && active) {
+#pragma unroll
+    for (int i = 0; i < S::states; ++i) {
+      const int n = part * S::states + i;
+      if (n < p.dstate) store_value(d.last_state + row * p.dstate + n, h[i]);
+    }
+  }
+}
+
+template <class S>
+struct Forward {
+  static const char* run(const Launch& at, const ScanParams& p, int blocks) {
+    return launch("selective_scan_forward", scan_forward<S>, dim3(unsigned(blocks)), dim3(unsigned(p.directions * S::threads)),
+                  sizeof(SharedForward<S>) * size_t(p.directions), at, p);
+  }
+};
+
+}  // namespace
+
+ScanShape scan_shape(int dstate, bool direct) {
+  return with_case(dstate, direct || dstate > kDirectDstate, [](auto c) {
+    return ScanShape{c.dstate, ForwardShape<decltype(c)>::channels, BackwardShape<decltype(c)>::channels};
+  });
+}
+
+const char* selective_scan_forward(const Launch& at, const ScanArgs& args) { return launch_scan<Forward, ForwardShape>(at, args); }
+
+}  // namespace pixelbytes::cuda

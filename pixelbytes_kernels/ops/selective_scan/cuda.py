@@ -1,0 +1,165 @@
+"""selective_scan on NVIDIA GPUs: memory for the CUDA C++ kernels of csrc/cuda/selective_scan_*.cu, and the calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..._cuda_launch import extension, fp32, where
+from .autograd import Direction, Options, states_size, tensors_of
+from .cpu import with_own_delta
+
+
+def states_shape(batch: int, groups: int, dim: int, seqlen: int, dstate: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """One state a chunk. Of every kernel that may serve `dstate`, the widest: which one it is depends on B and C too."""
+    cuda = extension()
+    padded = max(cuda.scan_shape(dstate, direct)[0] for direct in (False, True))
+    return ((seqlen + cuda.chunk - 1) // cuda.chunk, batch, dim, padded)
+
+
+def is_direct(directions: Sequence[Direction]) -> bool:
+    """Whether the kernel reads B and C from global memory, see csrc/cuda/selective_scan.h."""
+    A = directions[0].A
+    assert A is not None
+    coefficients = [t for d in directions for t in (d.B, d.C) if t is not None]
+    return A.shape[1] > extension().direct_dstate or any(t.ndim == 2 for t in coefficients)
+
+
+def as_read(directions: Sequence[Direction], direct: bool, padded: int) -> list[Direction]:
+    """The tensors as the kernels take them: u and delta as they are, the small ones in float32."""
+
+    def coefficient(t: Tensor | None) -> Tensor | None:
+        if t is None or not direct:
+            return t
+        t = t.detach().float()
+        if t.ndim == 4:
+            t = t.transpose(2, 3)
+        t = torch.nn.functional.pad(t, (0, padded - t.shape[-1])).contiguous()
+        return t.transpose(2, 3) if t.ndim == 4 else t
+
+    return [
+        d._replace(
+            A=fp32(d.A),
+            B=coefficient(d.B),
+            C=coefficient(d.C),
+            D=fp32(d.D),
+            delta_bias=fp32(d.delta_bias),
+            initial_state=fp32(d.initial_state),
+        )
+        for d in with_own_delta(tuple(directions))
+    ]
+
+
+def forward(
+    directions: tuple[Direction, ...], z: Tensor | None, seq_idx: Tensor | None, options: Options, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns out, the first direction's last state (batch, dim, dstate), and (direction, *states_shape), empty unless `keep`."""
+    first = directions[0]
+    assert first.u is not None and first.A is not None
+    u = first.u
+    out = torch.empty_like(u, dtype=options.out_dtype)
+    last_state = u.new_empty(u.shape[0], u.shape[1], first.A.shape[1], dtype=torch.float32)
+    states = u.new_empty(states_size("cuda", directions) if keep else (0,), dtype=torch.float32)
+    if u.numel() == 0:
+        last_state = last_state.zero_() if first.initial_state is None else last_state.copy_(first.initial_state)
+        return out.zero_(), last_state, states
+    cuda, direct = extension(), is_direct(directions)
+    packed = [
+        (d.reverse, *d.tensors, last_state if i == 0 else None, states[i] if keep else None)
+        for i, d in enumerate(as_read(directions, direct, cuda.scan_shape(first.A.shape[1], direct)[0]))
+    ]
+    cuda.scan_forward(*where(u), packed, z, as_int32(seq_idx), options.scale, options.delta_softplus, out)
+    return out, last_state, states
+
+
+def as_int32(seq_idx: Tensor | None) -> Tensor | None:
+    return None if seq_idx is None else seq_idx.to(torch.int32).contiguous()
+
+
+def backward(
+    directions: tuple[Direction, ...],
+    z: Tensor | None,
+    seq_idx: Tensor | None,
+    options: Options,
+    states: Tensor,
+    dout: Tensor,
+    dlast_state: Tensor | None,
+    needs: Sequence[bool],
+    needs_z: bool,
+    dz: Tensor | None = None,
+    out: Tensor | None = None,
+) -> tuple[list[Tensor | None], Tensor | None, Tensor | None]:
+    """Gradients of the tensors of every direction in order, of z (into `dz` if given), and `out` recomputed into the tensor for it.
+
+    `needs` has one entry a tensor: 8 of the first direction, 7 of the second.
+    """
+    first = directions[0]
+    assert first.u is not None and first.A is not None
+    u, dstate = first.u, first.A.shape[1]
+    batch, dim, seqlen = u.shape
+    flat = tensors_of(directions)
+    if dz is None and needs_z and z is not None:
+        dz = torch.empty_like(z)
+    if u.numel() == 0:
+        grads = [torch.zeros_like(t) if t is not None and need else None for t, need in zip(flat, needs, strict=True)]
+        if grads[7] is not None and dlast_state is not None:
+            grads[7].copy_(dlast_state)
+        return grads, dz, out
+
+    cuda, direct = extension(), is_direct(directions)
+    padded, _, tile = cuda.scan_shape(dstate, direct)
+    read = as_read(directions, direct, padded)
+    own_delta = read[-1].delta is not None  # also where a lent delta got a bias of its own
+
+    def shared(i: int, k: int) -> bool:
+        return i == 1 and flat[8 + k] is None
+
+    def addends(t: Tensor) -> Tensor:
+        """Room for a gradient in parts, which are summed over the first axis."""
+        if t.ndim == 4:
+            groups = t.shape[1]
+            tiles = -(-(dim // groups) // tile)
+            return u.new_empty((tiles, batch, groups, seqlen, padded), dtype=torch.float32)
+        if k in (3, 4):  # B or C, constant in time: the kernel adds to it
+            return u.new_zeros((batch, dim, padded), dtype=torch.float32)
+        return u.new_empty((batch, *t.shape), dtype=torch.float32)
+
+    grads: list[Tensor | None] = [None] * len(flat)
+    parts: dict[int, list[Tensor]] = {}  # by the index of the tensor in `flat`
+    packed = []
+    for i, d in enumerate(read):
+        results: list[Tensor | None] = []
+        for k in range(7):
+            owner = k if shared(i, k) else 8 * i + k
+            t = flat[owner]
+            if t is None or not needs[owner]:
+                results.append(None)
+            elif k < 2:  # u, delta
+                if shared(i, k) and not (k == 1 and own_delta):
+                    results.append(None)  # the kernel adds it to the first direction's
+                else:
+                    results.append(torch.empty_like(t))
+                    parts.setdefault(owner, []).append(results[-1])  # type: ignore[arg-type]
+            else:
+                results.append(addends(t))
+                parts.setdefault(owner, []).append(results[-1])  # type: ignore[arg-type]
+        dinitial = None
+        if i == 0 and flat[7] is not None and needs[7]:
+            grads[7] = dinitial = torch.empty_like(flat[7], dtype=torch.float32, memory_format=torch.contiguous_format)
+        dlast = fp32(dlast_state) if i == 0 else None
+        packed.append((d.reverse, *d.tensors, None, states[i], dlast, *results, dinitial))
+    cuda.scan_backward(*where(u), packed, z, as_int32(seq_idx), options.scale, options.delta_softplus, dout, dz, out)
+
+    for owner, rooms in parts.items():
+        t = flat[owner]
+        assert t is not None
+        if owner % 8 < 2:
+            grads[owner] = rooms[0] if len(rooms) == 1 else rooms[0] + rooms[1]
+            continue
+        total = rooms[0].sum(0) if len(rooms) == 1 else rooms[0].sum(0) + rooms[1].sum(0)
+        if owner % 8 in (3, 4):
+            total = total[..., :dstate]
+        grads[owner] = total.transpose(-1, -2) if t.ndim == 4 else total
+    return [g if g is None or t is None else g.to(t.dtype) for g, t in zip(grads, flat, strict=True)], dz, out
