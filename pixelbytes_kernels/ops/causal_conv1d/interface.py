@@ -8,7 +8,7 @@ from ..._backend import resolve
 from ..._check import require_device, require_floats, require_ints, require_shape
 from .reference import causal_conv1d_ref
 
-IMPLEMENTED = ("reference", "torch", "cpu", "cuda")
+IMPLEMENTED = ("reference", "torch", "cpu", "cuda", "triton")
 
 
 def causal_conv1d(

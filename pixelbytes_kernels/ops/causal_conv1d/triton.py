@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._triton import Device, cdiv, device_of, launch
+from ..._triton import Case, Device, cdiv, device_of, launch
 from . import triton_kernels as kernels
 
 OP = "causal_conv1d"
@@ -127,3 +127,23 @@ def strides(name: str, tensor: Tensor | None, *dims: str) -> dict[str, int]:
     """The strides as arguments of a kernel, zeros for a tensor that is not there."""
     found = (0,) * len(dims) if tensor is None else tensor.stride()
     return {f"{name}_{dim}": stride for dim, stride in zip(dims, found, strict=True)}
+
+
+def aot_cases() -> list[Case]:
+    """Every block size, with few options and with all of them."""
+
+    def case(dtype: torch.dtype, dim: int, width: int, options: bool) -> Case:
+        x = torch.empty(2, 64, dim, dtype=dtype).transpose(1, 2)
+        states = torch.empty(2, dim, width - 1, dtype=dtype) if options else None
+        seq_idx = torch.zeros(2, 64, dtype=torch.int64) if options else None
+        tensors = (x, torch.empty(dim, width), torch.empty(dim) if options else None, seq_idx, states)
+
+        def run() -> None:
+            forward(tensors, True, options, options)
+            backward(tensors, True, options, x, states, (True,) * 5)
+
+        name = f"{str(dtype).removeprefix('torch.')}, dim {dim}, width {width}, {'all options' if options else 'plain'}"
+        return Case(name, run)
+
+    sizes = ((dim, width) for dim in (20, 160) for width in (2, 4))
+    return [case(t, *size, o) for size in sizes for t in (torch.float32, torch.float16) for o in (False, True)]

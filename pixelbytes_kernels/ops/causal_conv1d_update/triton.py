@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..._triton import cdiv, launch
+from ..._triton import Case, cdiv, launch
 from . import triton_kernels as kernels
 
 OP = "causal_conv1d_update"
@@ -30,3 +30,13 @@ def update(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, s
         num_warps=1,
     )  # fmt: skip
     return out
+
+
+def aot_cases() -> list[Case]:
+    def case(dtype: torch.dtype, width: int) -> Case:
+        x, state = torch.empty(2, 160, dtype=dtype), torch.empty(2, 160, width - 1, dtype=dtype)
+        weight = torch.empty(160, width)
+        name = f"{str(dtype).removeprefix('torch.')}, width {width}"
+        return Case(name, lambda: update(x, state, weight, torch.empty(160), True))
+
+    return [case(dtype, width) for dtype in (torch.float32, torch.float16) for width in (2, 4)]

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..._backend import load_extension, resolve
 from ..._check import require_shape
-from ..causal_conv1d_update.interface import causal_conv1d_update
-from ..selective_state_update.interface import selective_state_update
+from ..causal_conv1d_update import interface as conv_update
+from ..selective_state_update import interface as state_update
 
-IMPLEMENTED = ("torch", "cpu")
+ON_GPU = tuple(n for n in ("cuda", "triton") if n in conv_update.IMPLEMENTED and n in state_update.IMPLEMENTED)
+IMPLEMENTED = ("torch", "cpu", *ON_GPU)
 
 
 class MambaLayer(NamedTuple):
@@ -47,7 +48,8 @@ class MambaStep:
     Args:
         layers: all of one size, float32, on one device.
         eps: of the RMS norms.
-        backend: "cpu" is one C++ call; "torch" goes layer by layer through the public ops; see `available_backends`.
+        backend: "cpu" is one C++ call for all layers. The others go layer by layer: matrix products of torch, with `causal_conv1d_update`
+            and `selective_state_update` on "cuda" or "triton" for tensors on a GPU, or on "torch"; see `available_backends`.
 
     Raises:
         ValueError: no layers, or a wrong shape. TypeError: not float32. RuntimeError: `backend` cannot run here.
@@ -108,17 +110,20 @@ class MambaStep:
             self._plan.run(x.data_ptr(), self.batch, self.dim, torch.get_num_threads())
             return x
         for layer in self.layers:
-            x += layer_step(x, layer, self.eps)
+            x += layer_step(x, layer, self.eps, self.backend)
         return x
 
 
-def layer_step(x: Tensor, layer: MambaLayer, eps: float) -> Tensor:
-    """What one block adds to x, through the public ops."""
+def layer_step(x: Tensor, layer: MambaLayer, eps: float, backend: str) -> Tensor:
+    """What one block adds to x, by the two updates and torch's products."""
     e = x if layer.norm is None else x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * layer.norm
     u, z = F.linear(e, layer.in_proj, layer.in_proj_bias).chunk(2, dim=-1)
-    u = causal_conv1d_update(u, layer.conv_state.transpose(1, 2), layer.conv_weight, layer.conv_bias, "silu")
+    conv_state = layer.conv_state.transpose(1, 2)
+    u = conv_update.causal_conv1d_update(u, conv_state, layer.conv_weight, layer.conv_bias, "silu", backend=backend)
     rank, dstate = layer.dt_proj.shape[1], layer.A.shape[1]
     dt, B, C = F.linear(u, layer.x_proj).split([rank, dstate, dstate], dim=-1)
     dt = F.linear(dt, layer.dt_proj)
-    y = selective_state_update(layer.state, u, dt, layer.A, B, C, layer.D, z, layer.dt_bias, dt_softplus=True)
+    y = state_update.selective_state_update(
+        layer.state, u, dt, layer.A, B, C, layer.D, z, layer.dt_bias, dt_softplus=True, backend=backend
+    )
     return F.linear(y, layer.out_proj, layer.out_proj_bias)

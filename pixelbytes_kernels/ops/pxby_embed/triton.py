@@ -3,7 +3,8 @@
 Forward: convolution, gate and projection are folded into a table of (id, cell) rows; one kernel gathers nine rows a token and normalises.
 Backward: that once more, and the gradient of what went into the LayerNorm; its rows are summed by (id, cell) over sorted keys, in runs of
 fixed length and then over the runs, in order. A cell with the same id everywhere, as four of nine have in a raster's windows, is one
-column sum. Deterministic. Where a table would cost more than it saves, each token's nine embeddings go through the folded projection.
+column sum. Deterministic. Where a table would cost more than it saves, and for more than 8,192 channels, each token's nine embeddings go
+through the folded projection instead.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..._triton import Device, cdiv, device_of, launch, next_power_of_2
+from ..._triton import Case, Device, cdiv, device_of, launch, next_power_of_2
 from . import triton_kernels as kernels
 from .formulation import folded_is_cheaper
 from .ids import check_ids
 
 OP = "pxby_embed"
-MAX_DIM = 16384  # a program holds a whole row
+MAX_FOLDED = 8192  # channels: a program of the folded form holds a whole row
 
 
 class Blocks(NamedTuple):
@@ -106,11 +107,10 @@ def backward(
 
 
 def is_folded(tokens: Tensor, emb: Tensor, proj_weight: Tensor, folded: bool | None) -> bool:
-    if proj_weight.shape[0] > MAX_DIM:
-        raise RuntimeError(f"{OP}: the triton backend takes up to {MAX_DIM} channels, got {proj_weight.shape[0]}")
-    if folded is not None:
-        return folded
-    return folded_is_cheaper(tokens.shape[0] * tokens.shape[1], *emb.shape, proj_weight.shape[0])
+    dim = proj_weight.shape[0]
+    if folded is None:
+        folded = folded_is_cheaper(tokens.shape[0] * tokens.shape[1], *emb.shape, dim)
+    return folded and dim <= MAX_FOLDED
 
 
 def sizes_of(tokens: Tensor, emb: Tensor, dim: int) -> dict[str, int]:
@@ -136,9 +136,15 @@ def mixing_of(wide: Sequence[Tensor | None]) -> Tensor:
     launch(
         OP, kernels.mixing_kernel, (9 * width + 1,), emb,
         **convolution(emb, conv_weight, conv_bias, alpha), mixing=mixing, width=width,
-        **variant(conv_weight, conv_bias, alpha), BLOCK=next_power_of_2(9 * width), num_warps=4,
+        **variant(conv_weight, conv_bias, alpha), **mixing_blocks(width),
     )  # fmt: skip
     return mixing
+
+
+def mixing_blocks(width: int) -> dict[str, int]:
+    """A row of the mixing and the warps for it, at most 16 elements a thread up to 910 channels of an embedding."""
+    block = next_power_of_2(9 * width)
+    return {"BLOCK": block, "num_warps": min(16, max(4, block // 128))}
 
 
 def convolution(
@@ -190,7 +196,7 @@ def projection_gradients(
         launch(
             OP, kernels.mixing_backward_kernel, (width,), emb, dmixing=dmixing, dshift=dmixing[-1],
             **convolution(emb, conv_weight, conv_bias, alpha), dconv=dconv, dbias=dbias, dgate=dgate, width=width,
-            **variant(conv_weight, conv_bias, alpha), BLOCK=next_power_of_2(9 * width), num_warps=4,
+            **variant(conv_weight, conv_bias, alpha), **mixing_blocks(width),
         )  # fmt: skip
         dalpha = None if alpha is None else dgate.sum(0)
     return [dconv, dbias, dalpha, dproj, dshift]
@@ -299,3 +305,23 @@ def backward_direct(
     keys = ids.where((ids >= 0) & (ids < vocab), vocab).to(key_dtype(vocab))
     demb = sums_by_key(dx, keys, vocab, None)
     return [demb, *projection_gradients(wide, mixing, x.T @ dpre, dpre.sum(0)), dnorm_weight, dnorm_bias]
+
+
+def aot_cases() -> list[Case]:
+    """Every width of a program, up to the widest; ids and weights of either size; the form without a table."""
+
+    def case(dim: int, dtype: torch.dtype, ids: torch.dtype, folded: bool) -> Case:
+        vocab, width = 40, max(9, dim // 9)
+        sizes = ((vocab, width), (width, width, 3, 3), (width,), (1, 1, 3, 3), (dim, 9 * width), (dim,), (dim,), (dim,))
+        tokens = torch.zeros(2, 64, 3, 3, dtype=ids)
+
+        def run() -> None:
+            weights = [torch.empty(size, dtype=dtype) for size in sizes]
+            forward(tokens, weights, 1e-5, folded)
+            backward(tokens, weights, 1e-5, torch.empty(2, 64, dim, dtype=dtype), [True] * 8, folded)
+
+        name = f"{str(dtype).removeprefix('torch.')}, {str(ids).removeprefix('torch.')} ids, D {dim}"
+        return Case(name if folded else f"{name}, no table", run)
+
+    plain = (case(2**i, torch.float32, torch.int64, True) for i in range(4, 14))
+    return [*plain, *(case(d, torch.float16, torch.uint8, f) for d, f in ((64, True), (256, True), (64, False)))]

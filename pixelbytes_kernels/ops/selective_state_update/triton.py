@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._triton import cdiv, launch, next_power_of_2
+from ..._triton import Case, cdiv, launch, next_power_of_2
 from . import triton_kernels as kernels
 
 OP = "selective_state_update"
@@ -61,3 +61,16 @@ def update(
         BD=blocks.channels, BN=blocks.states, num_warps=blocks.num_warps,
     )  # fmt: skip
     return out
+
+
+def aot_cases() -> list[Case]:
+    """Every padded number of states."""
+
+    def case(dtype: torch.dtype, dstate: int) -> Case:
+        x, wide = torch.empty(2, 160, dtype=dtype), torch.empty(160)
+        rows = torch.empty(2, 2, dstate, dtype=dtype)
+        state, A = torch.empty(2, 160, dstate), torch.empty(160, dstate)
+        name = f"{str(dtype).removeprefix('torch.')}, dstate {dstate}"
+        return Case(name, lambda: update(state, x, x, A, rows, rows, wide, x, wide, True))
+
+    return [case(torch.float16, 16), *(case(torch.float32, 2**i) for i in range(9))]
