@@ -59,8 +59,8 @@ def on(contestant: str) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext() if contestant in (OURS, "pscan") else use_backend(contestant)
 
 
-def autocast(setup: Setup) -> torch.autocast:
-    return torch.autocast(setup.kind, dtype=setup.dtype, enabled=setup.dtype != torch.float32)
+def autocast(setup: Setup) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if setup.dtype == torch.float32 else torch.autocast(setup.kind, dtype=setup.dtype)
 
 
 def contestants(setup: Setup) -> list[str]:

@@ -17,30 +17,44 @@ from benchmarks.harness import OURS, Setup
 from pixelbytes_kernels import available_backends
 from pixelbytes_kernels._backend import choose_backend
 
-# distribution: module that holds its compiled part or its kernels
-PEERS = {
-    "mamba-ssm": "mamba_ssm.ops.selective_scan_interface",
-    "causal-conv1d": "causal_conv1d",
-    "flash-linear-attention": "fla.modules.convolution",
+# name: distributions that bring it, modules that hold what is called, in the order in which they are tried
+PEERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "mamba-ssm": (("mamba-ssm",), ("mamba_ssm.ops.selective_scan_interface",)),
+    "causal-conv1d": (("causal-conv1d",), ("causal_conv1d",)),
+    "flash-linear-attention": (
+        ("flash-linear-attention", "fla-core"),
+        ("fla.modules.causal_conv1d", "fla.modules.convolution"),  # since 0.6, and before
+    ),
 }
+
+
+def peer_version(name: str) -> str:
+    """ "" where no distribution of it is installed."""
+    for distribution in PEERS[name][0]:
+        try:
+            return importlib.metadata.version(distribution)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ""
 
 
 @functools.cache
 def peer(name: str) -> tuple[Any, str]:
     """The module of a package and "", or None and why it cannot be imported. Stand-ins of ours do not count."""
-    try:
-        importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
+    if not peer_version(name):
         return None, "not installed"
-    try:
-        return importlib.import_module(PEERS[name]), ""
-    except Exception as failed:  # a wheel for another torch raises anything from ImportError to OSError
-        return None, f"installed, but not importable: {type(failed).__name__}: {' '.join(str(failed).split())[:160]}"
+    why = ""
+    for module in PEERS[name][1]:
+        try:
+            return importlib.import_module(module), ""
+        except Exception as failed:  # a wheel for another torch raises anything from ImportError to OSError
+            why = why or f"{type(failed).__name__}: {' '.join(str(failed).split())[:160]}"
+    return None, f"installed, but not importable: {why}"
 
 
 def peer_versions() -> str:
     """ "name version" of those that can be imported, or "none"."""
-    found = [f"{name} {importlib.metadata.version(name)}" for name in PEERS if peer(name)[0] is not None]
+    found = [f"{name} {peer_version(name)}" for name in PEERS if peer(name)[0] is not None]
     return ", ".join(found) or "none"
 
 
