@@ -24,6 +24,7 @@ PYBIND11_MODULE(_cuda, m) {
 #endif
   bind_selective_scan(m);
   bind_causal_conv1d(m);
+  bind_updates(m);
 }
 
 }  // namespace pixelbytes::cuda

@@ -27,7 +27,7 @@ void run(const char* (*launcher)(const Launch&, Params...), int device, uintptr_
 
 void bind_selective_scan(py::module_& m);
 void bind_causal_conv1d(py::module_& m);
-void bind_selective_state_update(py::module_& m);
+void bind_updates(py::module_& m);
 void bind_pxby_embed(py::module_& m);
 
 }  // namespace pixelbytes::cuda

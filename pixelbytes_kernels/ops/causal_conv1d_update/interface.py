@@ -12,7 +12,7 @@ from ..._check import require_device, require_floats, require_shape
 from ..causal_conv1d.interface import check_conv
 from .reference import causal_conv1d_update_ref
 
-IMPLEMENTED = ("reference", "torch", "cpu", "triton")
+IMPLEMENTED = ("reference", "torch", "cpu", "cuda", "triton")
 
 
 @torch.no_grad()

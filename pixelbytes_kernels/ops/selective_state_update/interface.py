@@ -11,7 +11,7 @@ from ..._backend import resolve
 from ..._check import require_device, require_floats, require_shape
 from .reference import selective_state_update_ref
 
-IMPLEMENTED = ("reference", "torch", "cpu", "triton")
+IMPLEMENTED = ("reference", "torch", "cpu", "cuda", "triton")
 
 
 @torch.no_grad()
