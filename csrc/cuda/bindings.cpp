@@ -25,6 +25,7 @@ PYBIND11_MODULE(_cuda, m) {
   bind_selective_scan(m);
   bind_causal_conv1d(m);
   bind_updates(m);
+  bind_pxby_embed(m);
 }
 
 }  // namespace pixelbytes::cuda

@@ -8,7 +8,7 @@ from ..._backend import resolve
 from ..._check import require_device, require_floats, require_ints, require_shape
 from .reference import pxby_embed_ref
 
-IMPLEMENTED = ("reference", "torch", "cpu", "triton")
+IMPLEMENTED = ("reference", "torch", "cpu", "cuda", "triton")
 OP = "pxby_embed"
 
 
