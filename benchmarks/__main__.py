@@ -138,6 +138,7 @@ def measured(args: argparse.Namespace, device: str) -> Iterator[list[Row]]:
                 yield [setup.row(name, "everything", "", "ours", float("nan"), "", note=note)]
                 continue
             found: list[Row] = []
+            begun = time.monotonic()
             try:
                 for row in importlib.import_module(f"benchmarks.bench_{name}").rows(setup):
                     found.append(row)
@@ -145,6 +146,7 @@ def measured(args: argparse.Namespace, device: str) -> Iterator[list[Row]]:
                 found.append(setup.row(name, "everything else", "", "ours", float("nan"), "", note=why_not(failed)))
             if device != "cpu":
                 torch.cuda.empty_cache()
+            setup.report(f"{name} {setup.dtype_name}: {time.monotonic() - begun:.0f} s")
             yield found
 
 

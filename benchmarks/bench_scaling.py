@@ -143,5 +143,5 @@ def rows(setup: Setup) -> Iterator[Row]:
     for op in ("causal_conv1d", "pxby_embed"):
         for varied, cases in row_series(setup).items():
             yield from one_series(setup, op, varied, cases)
-    if not setup.on_gpu:
+    if not (setup.on_gpu or setup.quick):
         yield from thread_series(setup)

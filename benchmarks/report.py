@@ -273,18 +273,22 @@ def _bars(pyplot: Any, data: Mapping[str, Any]) -> Any:
     """How many times ours each contestant takes, on a log scale; ours is the line at one."""
     cases = list(data["bars"])
     names = unique(n for case in cases for n in data["bars"][case])
-    made, axes = pyplot.subplots(figsize=(9, 0.6 + 0.5 * len(cases)))
-    high = 0.8 / len(names)
+    made, axes = pyplot.subplots(figsize=(9, 0.8 + 0.4 * len(cases)))
     for i, name in enumerate(names):
-        places = [k + (i - (len(names) - 1) / 2) * high for k, case in enumerate(cases) if name in data["bars"][case]]
-        widths = [data["bars"][case][name] for case in cases if name in data["bars"][case]]
-        axes.barh(places, [w - 1 for w in widths], high, left=1, label=name, color=INK[i % len(INK)])
+        for k, case in enumerate(cases):
+            there = list(data["bars"][case])
+            if name not in there:
+                continue
+            high = 0.8 / len(there)
+            place = k + (there.index(name) - (len(there) - 1) / 2) * high
+            axes.barh(place, data["bars"][case][name] - 1, high, left=1, color=INK[i % len(INK)])
+        axes.barh(0, 0, 0, label=name, color=INK[i % len(INK)])
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
     axes.set_yticks(range(len(cases)), cases, fontsize=7)
     axes.invert_yaxis()
     axes.set_xlabel(data["title"] + " (right of the line: slower than ours)")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="lower right")
     return made
 
 
@@ -308,7 +312,7 @@ def _stack(pyplot: Any, data: Mapping[str, Any]) -> Any:
         axes.barh(models, widths, left=left, label=part, color=INK[i % len(INK)])
         left = [a + b for a, b in zip(left, widths, strict=True)]
     axes.set_xlabel(f"{data['title']}, % (medians)")
-    axes.legend(fontsize=7, ncols=3)
+    axes.legend(fontsize=7, ncols=6, loc="lower center", bbox_to_anchor=(0.5, 1))
     return made
 
 
