@@ -13,6 +13,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import os
 import warnings
 from collections.abc import Iterator, Mapping
 from types import ModuleType
@@ -21,6 +22,8 @@ import torch
 
 BACKENDS = ("reference", "torch", "cpu", "cuda", "triton")
 _PREFERENCE = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch"), "xpu": ("triton", "torch")}
+GPU_BACKENDS = ("cuda", "triton")
+INTERPRETER = "Triton interpreter, slow: for tests"
 _asked = "auto"
 
 
@@ -77,6 +80,8 @@ def available_backends() -> dict[str, tuple[bool, str]]:
     found["cuda"] = (True, "CUDA C++") if cuda else (False, cuda_error)
     if importlib.util.find_spec("triton") is None:
         found["triton"] = (False, "triton is not installed")
+    elif os.environ.get("TRITON_INTERPRET") == "1":
+        found["triton"] = (True, INTERPRETER)
     elif not (torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())):
         found["triton"] = (False, "no GPU")
     else:
@@ -85,16 +90,29 @@ def available_backends() -> dict[str, tuple[bool, str]]:
 
 
 def choose_backend(
-    asked: str, device: str, usable: Mapping[str, tuple[bool, str]], implemented: tuple[str, ...], op: str
+    asked: str,
+    device: str,
+    usable: Mapping[str, tuple[bool, str]],
+    implemented: tuple[str, ...],
+    op: str,
+    dtype: torch.dtype = torch.float32,
+    bfloat16: bool = True,
 ) -> str:
-    """The backend for tensors on `device` ("cpu", "cuda", ...); pure. `implemented` are those that have `op`.
+    """The backend for tensors of `dtype` on `device` ("cpu", "cuda", ...), which may lack `bfloat16`; pure.
+
+    `implemented` are the backends that have `op`.
 
     Raises:
         ValueError: unknown name. RuntimeError: the named backend cannot run; the message says why.
     """
+    if device != "cpu" and asked in ("auto", *GPU_BACKENDS) and dtype == torch.bfloat16 and not bfloat16:
+        raise RuntimeError(
+            f"{op}: this GPU has no bfloat16, which starts with sm_80; use float16, or float32, or backend='torch'"
+        )
     if asked == "auto":
         for name in _PREFERENCE.get(device, ("torch",)):
-            if name in implemented and usable[name][0]:
+            able = usable[name][0] and usable[name][1] != INTERPRETER
+            if name in implemented and able and (name not in GPU_BACKENDS or dtype != torch.float64):
                 return name
         return "reference"
     if asked not in BACKENDS:
@@ -103,9 +121,12 @@ def choose_backend(
         raise RuntimeError(f"{op}: backend {asked!r} has no kernel for this operation; there are {implemented}")
     if not usable[asked][0]:
         raise RuntimeError(f"{op}: backend {asked!r} cannot run: {usable[asked][1]}")
-    home = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": ("cuda", "xpu")}.get(asked, (device,))
+    gpus = ("cpu",) if usable["triton"][1] == INTERPRETER else ("cuda", "xpu")
+    home = {"cpu": ("cpu",), "cuda": ("cuda",), "triton": gpus}.get(asked, (device,))
     if device not in home:
         raise RuntimeError(f"{op}: backend {asked!r} cannot run on tensors on {device!r}")
+    if asked in GPU_BACKENDS and dtype == torch.float64:
+        raise RuntimeError(f"{op}: backend {asked!r} has no float64; use backend='torch' on a GPU, or float32")
     return asked
 
 
@@ -114,8 +135,21 @@ def _constant_backends() -> dict[str, tuple[bool, str]]:
     return available_backends()
 
 
+@functools.cache
+def _devices_without_bfloat16() -> frozenset[int]:
+    if torch.version.hip or not torch.cuda.is_available():
+        return frozenset()
+    return frozenset(i for i in range(torch.cuda.device_count()) if torch.cuda.get_device_capability(i) < (8, 0))
+
+
+def _without_bfloat16() -> frozenset[int]:
+    """Numbers of the NVIDIA GPUs below sm_80; as `_constant_backends`."""
+    return _devices_without_bfloat16()
+
+
 # What torch.compiler.assume_constant_result does, without its import of torch._dynamo: seconds for every import of this.
 _constant_backends._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_without_bfloat16._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def resolve(op: str, asked: str, tensor: torch.Tensor, implemented: tuple[str, ...]) -> str:
@@ -125,8 +159,10 @@ def resolve(op: str, asked: str, tensor: torch.Tensor, implemented: tuple[str, .
         asked = _asked
         if asked not in ("auto", "reference", "torch") and asked not in implemented:
             asked = "auto"  # set_backend names a preference; an op without such a kernel goes its own way
-    name = choose_backend(asked, device, _constant_backends(), implemented, op)
-    if asked == "auto" and name in ("torch", "reference") and not torch.compiler.is_compiling():
+    bfloat16 = tensor.device.index not in _without_bfloat16()
+    name = choose_backend(asked, device, _constant_backends(), implemented, op, tensor.dtype, bfloat16)
+    no_choice = device != "cpu" and tensor.dtype == torch.float64
+    if asked == "auto" and name in ("torch", "reference") and not no_choice and not torch.compiler.is_compiling():
         _warn_slow(device, name)
     return name
 

@@ -111,7 +111,9 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 def check_grid(op: str, grid: tuple[int, ...]) -> None:
     if any(size > limit for size, limit in zip(grid, MAX_GRID, strict=False)):
         limits = MAX_GRID[: len(grid)]
-        raise ValueError(f"{op}: these sizes need a grid of {grid} blocks; a GPU takes at most {limits}: split the batch")
+        raise ValueError(
+            f"{op}: these sizes need a grid of {grid} blocks; a GPU takes at most {limits}: split the batch"
+        )
 
 
 def cdiv(a: int, b: int) -> int:

@@ -18,7 +18,9 @@ class Margins:
     def __init__(self) -> None:
         self.buffers: list[tuple[str, Tensor, int, Tensor]] = []
 
-    def new(self, name: str, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device="cpu") -> Tensor:
+    def new(
+        self, name: str, size: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, device="cpu"
+    ) -> Tensor:
         """An uninitialised tensor: NaN, or the smallest integer, inside and around."""
         extent = 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if 0 not in size else 0
         poison = torch.nan if dtype.is_floating_point else (0 if dtype == torch.bool else torch.iinfo(dtype).min)

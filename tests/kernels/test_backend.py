@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
 import warnings
 
 import pytest
+import torch
 
 import pixelbytes_kernels as pk
 from pixelbytes_kernels import _backend
-from pixelbytes_kernels._backend import BACKENDS, choose_backend
+from pixelbytes_kernels._backend import BACKENDS, available_backends, choose_backend
 from pixelbytes_kernels.testing import scan_inputs
 
 ALL = {name: (True, "") for name in BACKENDS}
@@ -34,6 +36,38 @@ BARE = {**ALL, "cpu": (False, "not built"), "cuda": (False, "no CUDA device"), "
 )
 def test_automatic_choice(device, usable, implemented, chosen):
     assert choose_backend("auto", device, usable, implemented, "op") == chosen
+
+
+def test_float64_on_a_gpu():
+    assert choose_backend("auto", "cuda", ALL, BACKENDS, "op", torch.float64) == "torch"
+    assert choose_backend("auto", "cpu", ALL, BACKENDS, "op", torch.float64) == "cpu"
+    for name, device in (("cuda", "cuda"), ("triton", "xpu")):
+        with pytest.raises(RuntimeError, match=f"op: backend '{name}' has no float64; use backend='torch'"):
+            choose_backend(name, device, ALL, BACKENDS, "op", torch.float64)
+
+
+@pytest.mark.parametrize("asked", ["auto", "cuda", "triton"])
+def test_bfloat16_on_a_gpu_that_lacks_it(asked):
+    with pytest.raises(RuntimeError, match="op: this GPU has no bfloat16, .* use float16"):
+        choose_backend(asked, "cuda", ALL, BACKENDS, "op", torch.bfloat16, bfloat16=False)
+    assert choose_backend("torch", "cuda", ALL, BACKENDS, "op", torch.bfloat16, bfloat16=False) == "torch"
+    assert choose_backend("auto", "cuda", ALL, BACKENDS, "op", torch.float16, bfloat16=False) == "cuda"
+
+
+def test_the_interpreter_runs_on_the_cpu_when_it_is_named():
+    usable = {**ALL, "triton": (True, _backend.INTERPRETER)}
+    assert choose_backend("triton", "cpu", usable, BACKENDS, "op") == "triton"
+    assert choose_backend("auto", "cpu", usable, BACKENDS, "op") == "cpu"
+    assert choose_backend("auto", "cpu", {**BARE, "triton": usable["triton"]}, BACKENDS, "op") == "torch"
+    with pytest.raises(RuntimeError, match="cannot run on tensors on 'cuda'"):
+        choose_backend("triton", "cuda", usable, BACKENDS, "op")
+
+
+def test_interpreter_is_found_by_its_variable(monkeypatch):
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert available_backends.__wrapped__()["triton"] == (True, "Triton interpreter, slow: for tests")
 
 
 @pytest.mark.parametrize("name", BACKENDS)

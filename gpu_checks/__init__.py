@@ -1,0 +1,1 @@
+"""What can be proven about GPU kernels without a GPU: see docs/gpu.md."""
