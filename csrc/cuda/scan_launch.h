@@ -15,12 +15,12 @@ struct Case {
 
 // Forward: 4 threads a channel, so that small batches fill a device; 16 above dstate 64.
 template <class C>
-using ForwardShape = Shape<C::dstate == 256 ? 16 : C::dstate / 4, C::dstate == 256 ? 16 : 4, C::dstate == 256 ? 8 : 16, C::staged>;
+using ForwardShape = Shape<C::dstate == 256 ? 16 : C::dstate / 4, C::dstate == 256 ? 16 : 4, C::dstate == 256 ? 8 : 16, 16, C::staged>;
 
 // Backward: 4 states a thread (2 at dstate 8, 8 at 256), so that what it keeps stays in registers.
 template <class C>
 using BackwardShape = Shape<C::dstate == 8 ? 2 : C::dstate == 256 ? 8 : 4, C::dstate <= 16 ? 4 : C::dstate == 256 ? 32 : C::dstate / 4,
-                            C::dstate <= 32 ? 16 : C::dstate == 64 ? 8 : 4, C::staged>;
+                            C::dstate <= 32 ? 16 : C::dstate == 64 ? 8 : 4, kChunk, C::staged>;
 
 template <class F>
 auto with_case(int dstate, bool direct, F f) {

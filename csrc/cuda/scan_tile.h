@@ -1,7 +1,7 @@
 // Shared by both passes of the scan: parameters of a kernel, the tile of a block, staging.
 //
 // A block owns one batch row and a tile of neighbouring channels. Half of its threads walk time upwards, the other half downwards (or there
-// is one half only), a chunk of kChunk steps at a time. Each channel's states are spread over `lanes` threads of a warp. The two halves
+// is one half only), a chunk of `steps` at a time. Each channel's states are spread over `lanes` threads of a warp. The two halves
 // meet in the middle: whichever comes first to a chunk leaves its share of a result in global memory, the other adds its own.
 #pragma once
 #include "device.h"
@@ -9,16 +9,17 @@
 
 namespace pixelbytes::cuda {
 
-// states: held by one thread; lanes: threads of a channel; channels: of a tile; staged: B and C come through shared memory.
-template <int kStates, int kLanes, int kChannels, bool kStaged>
+// states: held by one thread; lanes: threads of a channel; channels: of a tile; steps: of a chunk; staged: B and C come through shared
+// memory.
+template <int kStates, int kLanes, int kChannels, int kSteps, bool kStaged>
 struct Shape {
-  static constexpr int states = kStates, lanes = kLanes, channels = kChannels, dstate = kStates * kLanes;
+  static constexpr int states = kStates, lanes = kLanes, channels = kChannels, steps = kSteps, dstate = kStates * kLanes;
   static constexpr bool staged = kStaged;
   static constexpr int threads = kChannels * kLanes;         // of one direction
-  static constexpr int elements = kChunk * kChannels / threads;  // of a chunk of a (batch, dim, seqlen) tensor that a thread loads and stores
+  static constexpr int elements = kSteps * kChannels / threads;  // of a chunk of a (batch, dim, seqlen) tensor that a thread loads and stores
   static constexpr int pitch = kChannels + 1;                // of a plane (step, channel): odd, so that neither axis conflicts
   static constexpr int row = 2 * dstate + 4;                 // of a staged step: B, then C; the 4 spread a column over the banks
-  static_assert(threads % 32 == 0 && kLanes <= 32 && kChunk % kLanes == 0);
+  static_assert(threads % 32 == 0 && kLanes <= 32 && kSteps % kLanes == 0 && kChunk % kSteps == 0);
 };
 
 // A (batch, dim, seqlen) tensor.
@@ -79,7 +80,10 @@ struct Tile {
 struct Chunk {
   int index, first, count;
 
-  static __device__ Chunk at(int index, int seqlen) { return {index, index * kChunk, min(kChunk, seqlen - index * kChunk)}; }
+  template <class S>
+  static __device__ Chunk at(int index, int seqlen) {
+    return {index, index * S::steps, min(S::steps, seqlen - index * S::steps)};
+  }
 };
 
 // ---- arithmetic -----------------------------------------------------------------------------------------------------------------------
@@ -147,10 +151,10 @@ struct Elements {
   int step, channel, step_by, channel_by;
 
   __device__ Elements(int thread, bool time_fast) {
-    step = time_fast ? thread % kChunk : thread / S::channels;
-    channel = time_fast ? thread / kChunk : thread % S::channels;
+    step = time_fast ? thread % S::steps : thread / S::channels;
+    channel = time_fast ? thread / S::steps : thread % S::channels;
     step_by = time_fast ? 0 : S::lanes;
-    channel_by = time_fast ? S::threads / kChunk : 0;
+    channel_by = time_fast ? S::threads / S::steps : 0;
   }
   // How many of this thread's elements the tile and the chunk have: the first so many.
   __device__ int count(const Tile& tile, const Chunk& chunk) const {
@@ -159,11 +163,7 @@ struct Elements {
   }
   __device__ int slot(int i) const { return (step + i * step_by) * S::pitch + channel + i * channel_by; }
 
-  // A value of element i's channel, 0 if there is no such array or channel.
-  __device__ float of_channel(const float* values, const Tile& tile, int i) const {
-    const int c = channel + i * channel_by;
-    return values && c < tile.count ? load_value_readonly(values + tile.first + c) : 0.0f;
-  }
+  __device__ int channel_of(int i) const { return channel + i * channel_by; }
 
   __device__ int64_t offset(const Rows& rows, const Tile& tile, const Chunk& chunk) const {
     return tile.batch * rows.batch + (tile.first + channel) * rows.dim + (chunk.first + step) * rows.step;
@@ -202,32 +202,48 @@ struct Elements {
   }
 };
 
-// B (at column 0) or C (at column dstate) of a chunk into rows of S::row floats; states beyond `dstate` are zeros.
-template <class S, class T>
-__device__ inline void stage_coefficient_as(const Coefficient& source, const ScanParams& p, const Tile& tile, const Chunk& chunk, int thread,
-                                            float* rows) {
-  const T* base = reinterpret_cast<const T*>(source.data) + tile.batch * source.batch + tile.group * source.group + chunk.first * source.step;
-  constexpr int kEach = kChunk * S::dstate / S::threads;
-  static_assert(S::threads % S::dstate == 0 && S::threads % kChunk == 0);
-  const int step = p.state_fast ? thread / S::dstate : thread % kChunk, state = p.state_fast ? thread % S::dstate : thread / kChunk;
-  const int step_by = p.state_fast ? S::threads / S::dstate : 0, state_by = p.state_fast ? 0 : S::threads / kChunk;
-  int held = 0;
-  if (step < chunk.count && state < p.dstate)
-    held = p.state_fast ? ceil_div(chunk.count - step, step_by) : ceil_div(p.dstate - state, state_by);
-  const T* from = base + step * source.step + state * source.state;
-  const int64_t by = step_by * source.step + state_by * source.state;
-  float* to = rows + step * S::row + state;
-  const int to_by = step_by * S::row + state_by;
-#pragma unroll 8
-  for (int i = 0; i < kEach; ++i, from += by, to += to_by) *to = i < held ? cuda::load_readonly(from) : 0.0f;
-}
+// Which elements (step, state) of a staged chunk of B or C belong to a thread.
 template <class S>
-__device__ inline void stage_coefficient(const Coefficient& source, const ScanParams& p, const Tile& tile, const Chunk& chunk, int thread,
-                                         float* rows) {
-  if (source.dtype == DType::f16) return stage_coefficient_as<S, __half>(source, p, tile, chunk, thread, rows);
-  if (source.dtype == DType::bf16) return stage_coefficient_as<S, __nv_bfloat16>(source, p, tile, chunk, thread, rows);
-  stage_coefficient_as<S, float>(source, p, tile, chunk, thread, rows);
-}
+struct CoefficientElements {
+  static constexpr int count = S::staged ? S::steps * S::dstate / S::threads : 1;
+  static_assert(!S::staged || (S::threads % S::dstate == 0 && S::threads % S::steps == 0));
+  int step, state, step_by, state_by;
+
+  __device__ CoefficientElements(int thread, bool state_fast) {
+    step = state_fast ? thread / S::dstate : thread % S::steps;
+    state = state_fast ? thread % S::dstate : thread / S::steps;
+    step_by = state_fast ? S::threads / S::dstate : 0;
+    state_by = state_fast ? 0 : S::threads / S::steps;
+  }
+
+  // Zeros beyond the chunk and beyond dstate.
+  __device__ void load(const Coefficient& from, const Tile& tile, const Chunk& chunk, int dstate, float (&v)[count]) const {
+    if (from.dtype == DType::f16) return load_as<__half>(from, tile, chunk, dstate, v);
+    if (from.dtype == DType::bf16) return load_as<__nv_bfloat16>(from, tile, chunk, dstate, v);
+    load_as<float>(from, tile, chunk, dstate, v);
+  }
+
+  // Into rows of S::row floats.
+  __device__ void put(float* rows, const float (&v)[count]) const {
+    float* to = rows + step * S::row + state;
+    const int by = step_by * S::row + state_by;
+#pragma unroll
+    for (int i = 0; i < count; ++i, to += by) *to = v[i];
+  }
+
+ private:
+  template <class T>
+  __device__ void load_as(const Coefficient& from, const Tile& tile, const Chunk& chunk, int dstate, float (&v)[count]) const {
+    const T* p = reinterpret_cast<const T*>(from.data) + tile.batch * from.batch + tile.group * from.group +
+                 (chunk.first + step) * from.step + state * from.state;
+    const int64_t by = step_by * from.step + state_by * from.state;
+    int held = 0;
+    if (step < chunk.count && state < dstate)
+      held = state_by ? ceil_div(dstate - state, state_by) : ceil_div(chunk.count - step, step_by);
+#pragma unroll
+    for (int i = 0; i < count; ++i, p += by) v[i] = i < held ? cuda::load_readonly(p) : 0.0f;
+  }
+};
 
 // The states of a thread at one step of B or C.
 template <int count>

@@ -19,6 +19,7 @@ template <class S>
 struct alignas(16) SharedBackward {
   float delta[kChunk * S::pitch], u[kChunk * S::pitch], dy[kChunk * S::pitch];
   alignas(16) float rows[S::staged ? kChunk * S::row : 4];
+  float delta_bias[S::channels];
   alignas(16) float states[kGroup * S::channels * S::dstate];  // (step of the group, channel, state)
   unsigned resets;
 };
@@ -100,6 +101,7 @@ __global__ void __launch_bounds__(2 * S::threads, 256 / (2 * S::threads)) scan_b
   SharedBackward<S>* const shared = shared_memory<SharedBackward<S>>();
   SharedBackward<S>& own = shared[side];
   const Elements<S> elements(thread, p.time_fast);
+  const CoefficientElements<S> coefficient_elements(thread, p.state_fast);
   const Coefficients<S> coefficients(d, tile, channel, part, own.rows);
   float* const own_states = own.states + channel * S::dstate + part * S::states;
 
@@ -114,6 +116,9 @@ __global__ void __launch_bounds__(2 * S::threads, 256 / (2 * S::threads)) scan_b
     g[i] = real && d.dlast_state ? load_value_readonly(d.dlast_state + row * p.dstate + n) : 0.0f;
     dA[i] = 0.0f;
   }
+  if (thread < S::channels)
+    own.delta_bias[thread] = d.delta_bias && thread < tile.count ? load_value_readonly(d.delta_bias + tile.first + thread) : 0.0f;
+  __syncthreads();
   const float D = active && d.D ? load_value_readonly(d.D + tile.first + channel) : 0.0f;
   float dD = 0.0f, dbias = 0.0f;
 
@@ -122,29 +127,37 @@ __global__ void __launch_bounds__(2 * S::threads, 256 / (2 * S::threads)) scan_b
   const int chunks = ceil_div(p.seqlen, kChunk);
 
   for (int visit = 0; visit < chunks; ++visit) {
-    const Chunk chunk = Chunk::at(reverse ? visit : chunks - 1 - visit, p.seqlen);
+    const Chunk chunk = Chunk::at<S>(reverse ? visit : chunks - 1 - visit, p.seqlen);
     const bool comes_first = two && 2 * visit < chunks - 1, meets = two && 2 * visit == chunks - 1, adds = two && 2 * visit > chunks - 1;
 
     float z[S::elements], dout[S::elements];
     {
-      float u[S::elements], delta[S::elements];
+      float u[S::elements], delta[S::elements], B[CoefficientElements<S>::count], C[CoefficientElements<S>::count];
       elements.load(d.u, tile, chunk, u);
       elements.load(d.delta, tile, chunk, delta);
       elements.load(p.dout, tile, chunk, dout);
       if (p.z) elements.load(p.z, tile, chunk, z);
+      if constexpr (S::staged) {
+        coefficient_elements.load(d.B, tile, chunk, p.dstate, B);
+        coefficient_elements.load(d.C, tile, chunk, p.dstate, C);
+      }
+#pragma unroll
+      for (int i = 0; i < S::elements; ++i) delta[i] += own.delta_bias[elements.channel_of(i)];
+      if (p.softplus) {
+#pragma unroll
+        for (int i = 0; i < S::elements; ++i) delta[i] = softplus(delta[i]);
+      }
 #pragma unroll
       for (int i = 0; i < S::elements; ++i) {
-        const float x = delta[i] + elements.of_channel(d.delta_bias, tile, i);
         const int slot = elements.slot(i);
-        own.delta[slot] = p.softplus ? softplus(x) : x;
-        own.u[slot] = u[i];
+        own.delta[slot] = delta[i], own.u[slot] = u[i];
         dout[i] *= p.scale;
         own.dy[slot] = p.z ? dout[i] * (z[i] * sigmoid(z[i])) : dout[i];
       }
-    }
-    if constexpr (S::staged) {
-      stage_coefficient<S>(d.B, p, tile, chunk, thread, own.rows);
-      stage_coefficient<S>(d.C, p, tile, chunk, thread, own.rows + S::dstate);
+      if constexpr (S::staged) {
+        coefficient_elements.put(own.rows, B);
+        coefficient_elements.put(own.rows + S::dstate, C);
+      }
     }
     if (thread < 32) {
       const unsigned resets = p.seq_idx ? resets_of(p, tile, chunk, reverse, thread) : 0u;

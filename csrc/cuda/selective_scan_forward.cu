@@ -1,7 +1,7 @@
 // The scan's forward.
 //
 // A block: see scan_tile.h. Shared memory per direction: a plane (step, channel) of (step size, u) pairs, where y replaces u, and the
-// staged B and C of the chunk: 32 * 17 * 8 + 32 * 36 * 4 = 8,960 bytes at dstate 16. Deterministic: fixed order of all sums.
+// staged B and C of the chunk: 16 * 17 * 8 + 16 * 36 * 4 + 128 = 4,608 bytes at dstate 16. Deterministic: fixed order of all sums.
 #include "scan_launch.h"
 #include "scan_tile.h"
 
@@ -10,13 +10,14 @@ namespace {
 
 template <class S>
 struct alignas(16) SharedForward {
-  float2 steps[kChunk * S::pitch];
-  alignas(16) float rows[S::staged ? kChunk * S::row : 4];
+  float2 steps[S::steps * S::pitch];
+  alignas(16) float rows[S::staged ? S::steps * S::row : 4];
+  float D[S::channels], delta_bias[S::channels];
   unsigned resets;
 };
 
 template <class S>
-__global__ void __launch_bounds__(2 * S::threads, (S::staged ? 384 : 256) / (2 * S::threads)) scan_forward(const __grid_constant__ ScanParams p) {
+__global__ void __launch_bounds__(2 * S::threads, (S::staged && S::states <= 4 ? 512 : S::staged ? 384 : 256) / (2 * S::threads)) scan_forward(const __grid_constant__ ScanParams p) {
   const int side = int(threadIdx.x) / S::threads, thread = int(threadIdx.x) % S::threads;
   const int channel = thread / S::lanes, part = thread % S::lanes;
   const Tile tile = Tile::of<S>(p);
@@ -25,6 +26,7 @@ __global__ void __launch_bounds__(2 * S::threads, (S::staged ? 384 : 256) / (2 *
   SharedForward<S>* const shared = shared_memory<SharedForward<S>>();
   SharedForward<S>& own = shared[side];
   const Elements<S> elements(thread, p.time_fast);
+  const CoefficientElements<S> coefficient_elements(thread, p.state_fast);
   const Coefficients<S> coefficients(d, tile, channel, part, own.rows);
 
   const bool active = channel < tile.count;
@@ -37,11 +39,25 @@ __global__ void __launch_bounds__(2 * S::threads, (S::staged ? 384 : 256) / (2 *
     A[i] = real ? kLog2e * load_value_readonly(d.A + int64_t(tile.first + channel) * p.dstate + n) : 0.0f;
     h[i] = real && d.initial_state ? load_value_readonly(d.initial_state + row * p.dstate + n) : 0.0f;
   }
-  const int chunks = ceil_div(p.seqlen, kChunk);
-  const auto chunk_at = [&](int visit) { return Chunk::at(reverse ? chunks - 1 - visit : visit, p.seqlen); };
-  float u[S::elements], delta[S::elements];
+  if (thread < S::channels) {
+    const bool real = thread < tile.count;
+    own.D[thread] = real && d.D ? load_value_readonly(d.D + tile.first + thread) : 0.0f;
+    own.delta_bias[thread] = real && d.delta_bias ? load_value_readonly(d.delta_bias + tile.first + thread) : 0.0f;
+  }
+  __syncthreads();
+
+  const int chunks = ceil_div(p.seqlen, S::steps);
+  const auto chunk_at = [&](int visit) { return Chunk::at<S>(reverse ? chunks - 1 - visit : visit, p.seqlen); };
+  // What a chunk starts with is loaded while the one before it is scanned. Where a thread has many states, B and C are not: registers.
+  constexpr bool kEarly = S::staged && S::states <= 4;
+  float u[S::elements], delta[S::elements], B[CoefficientElements<S>::count], C[CoefficientElements<S>::count];
+  const auto load_coefficients = [&](const Chunk& chunk) {
+    coefficient_elements.load(d.B, tile, chunk, p.dstate, B);
+    coefficient_elements.load(d.C, tile, chunk, p.dstate, C);
+  };
   elements.load(d.u, tile, chunk_at(0), u);
   elements.load(d.delta, tile, chunk_at(0), delta);
+  if constexpr (kEarly) load_coefficients(chunk_at(0));
 
   for (int visit = 0; visit < chunks; ++visit) {
     const Chunk chunk = chunk_at(visit);
@@ -50,15 +66,21 @@ __global__ void __launch_bounds__(2 * S::threads, (S::staged ? 384 : 256) / (2 *
     const bool adds = two && 2 * visit > chunks - 1;
 
     float skip[S::elements], z[S::elements], partial[S::elements];
+    if constexpr (S::staged && !kEarly) load_coefficients(chunk);
 #pragma unroll
     for (int i = 0; i < S::elements; ++i) {
-      const float x = delta[i] + elements.of_channel(d.delta_bias, tile, i);
-      own.steps[elements.slot(i)] = make_float2(p.softplus ? softplus(x) : x, u[i]);
-      skip[i] = d.D ? elements.of_channel(d.D, tile, i) * u[i] : 0.0f;
+      skip[i] = own.D[elements.channel_of(i)] * u[i];
+      delta[i] += own.delta_bias[elements.channel_of(i)];
     }
+    if (p.softplus) {
+#pragma unroll
+      for (int i = 0; i < S::elements; ++i) delta[i] = softplus(delta[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < S::elements; ++i) own.steps[elements.slot(i)] = make_float2(delta[i], u[i]);
     if constexpr (S::staged) {
-      stage_coefficient<S>(d.B, p, tile, chunk, thread, own.rows);
-      stage_coefficient<S>(d.C, p, tile, chunk, thread, own.rows + S::dstate);
+      coefficient_elements.put(own.rows, B);
+      coefficient_elements.put(own.rows + S::dstate, C);
     }
     if (thread < 32) {
       const unsigned resets = p.seq_idx ? resets_of(p, tile, chunk, reverse, thread) : 0u;
@@ -71,9 +93,11 @@ __global__ void __launch_bounds__(2 * S::threads, (S::staged ? 384 : 256) / (2 *
     if (visit + 1 < chunks) {
       elements.load(d.u, tile, chunk_at(visit + 1), u);
       elements.load(d.delta, tile, chunk_at(visit + 1), delta);
+      if constexpr (kEarly) load_coefficients(chunk_at(visit + 1));
     }
-    if (d.states && active) {
-      float* stored = d.states + (int64_t(chunk.index) * p.batch * p.dim + row) * S::dstate + part * S::states;
+    const bool enters = reverse ? (chunk.first + chunk.count) % kChunk == 0 || visit == 0 : chunk.first % kChunk == 0;
+    if (d.states && active && enters) {
+      float* stored = d.states + (int64_t(chunk.first / kChunk) * p.batch * p.dim + row) * S::dstate + part * S::states;
       if constexpr (S::states == 2)
         store_many<2>(stored, h);
       else
@@ -85,14 +109,14 @@ __global__ void __launch_bounds__(2 * S::threads, (S::staged ? 384 : 256) / (2 *
     float2* const plane = own.steps + channel;
     // y of one step, this thread's states only
     const auto step = [&](int k, float2 in) {
-      float B[S::states], C[S::states], y = 0.0f;
-      coefficients.read_B(chunk, k, B);
-      coefficients.read_C(chunk, k, C);
+      float Bk[S::states], Ck[S::states], y = 0.0f;
+      coefficients.read_B(chunk, k, Bk);
+      coefficients.read_C(chunk, k, Ck);
       const float v = in.x * in.y;
 #pragma unroll
       for (int i = 0; i < S::states; ++i) {
-        h[i] = fmaf(exp2_fast(in.x * A[i]), h[i], v * B[i]);
-        y = fmaf(C[i], h[i], y);
+        h[i] = fmaf(exp2_fast(in.x * A[i]), h[i], v * Bk[i]);
+        y = fmaf(Ck[i], h[i], y);
       }
       return y;
     };

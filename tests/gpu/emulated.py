@@ -43,8 +43,8 @@ def emulated(order: str = "forward", seed: int = 0, at_end: bool = True) -> Iter
     module.emulator_configure(order, seed, at_end)
     real = _backend.choose_backend
 
-    def choose(asked: str, device: str, usable: Any, implemented: tuple[str, ...], op: str) -> str:
-        return "cuda" if asked == "cuda" and "cuda" in implemented else real(asked, device, usable, implemented, op)
+    def choose(asked: str, device: str, usable: Any, implemented: tuple[str, ...], op: str, *more: Any) -> str:
+        return "cuda" if asked == "cuda" and "cuda" in implemented else real(asked, device, usable, implemented, op, *more)
 
     name = "pixelbytes_kernels._cuda"
     before = sys.modules.get(name)
