@@ -18,7 +18,7 @@ void run(const char* (*launcher)(const Launch&, Params...), int device, uintptr_
     error = launcher(Launch{device, stream}, args...);
   }
 #ifdef PIXELBYTES_EMULATE
-  emulator::write_back();
+  if (const char* spoilt = emulator::write_back(); spoilt && !error) error = spoilt;
 #endif
   if (!error) return;
   PyErr_SetString(PyExc_RuntimeError, error);

@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kThreads) conv_forward_channels(const ConvPara
 __device__ inline float before_silu(float dout, float pre, bool is_silu) { return is_silu ? dout * silu_slope(pre) : dout; }
 
 template <class T, int kVec>
-__global__ void __launch_bounds__(kThreads) conv_backward_channels(const ConvParams<T> p) {
+__global__ void __launch_bounds__(kThreads, 4) conv_backward_channels(const ConvParams<T> p) {
   const Owned o = owned<kVec>(p);
   if (!o.any) return;
   float w[kTaps][kVec], bias[kVec], past[kHalo][kVec], dw[kTaps][kVec] = {}, dbias[kVec] = {};

@@ -34,31 +34,38 @@ FLAGS = [
 WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
 
 
-def jobs(build: Path, cxx: list[str]) -> list[Job]:
-    """One object for each source of csrc/cuda and for the emulator itself."""
+CUDA, EMULATOR = ROOT / "csrc" / "cuda", ROOT / "gpu_checks" / "emulator"
+
+
+def jobs(build: Path, cxx: list[str], sources: list[Path]) -> list[Job]:
+    """One object for each source."""
     import pybind11
 
-    cuda, emulator = ROOT / "csrc" / "cuda", ROOT / "gpu_checks" / "emulator"
-    includes = [f"-I{folder}" for folder in (emulator, pybind11.get_include(), sysconfig.get_path("include"))]
-    sources = [*sorted(cuda.glob("*.cu")), *sorted(cuda.glob("*.cpp")), emulator / "emulator.cpp"]
-    command = [*cxx, *FLAGS, *WARNINGS, *includes]
+    folders = (EMULATOR, ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include"))
+    command = [*cxx, *FLAGS, *WARNINGS, *(f"-I{folder}" for folder in folders)]
     return [Job(build / f"{p.name}.o", [*command, "-x", "c++", "-c", str(p)]) for p in sources]
+
+
+def build_library(name: str, sources: list[Path], folder: Path | None = None) -> Path:
+    """A shared library of `sources` and the emulator; what is up to date stays."""
+    folder = folder or Path(os.environ.get("PIXELBYTES_EMULATOR_BUILD") or ROOT / "build" / "emulator")
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / f"{name}{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+    with open(folder / "lock", "w") as lock:  # several test processes may ask at once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        cxx = find_cxx(os.environ)
+        wanted = jobs(folder, cxx, [*sources, EMULATOR / "emulator.cpp"])
+        newest = max(job.object.stat().st_mtime_ns for job in wanted) if not compile_all(wanted, os.environ) else None
+        if newest is None or not library.exists() or library.stat().st_mtime_ns < newest:
+            aside = library.with_suffix(".new")
+            run_tool([*link_command(cxx, [job.object for job in wanted], [], platform.system()), "-o", str(aside)])
+            os.replace(aside, library)
+    return library
 
 
 def build_emulated(folder: Path | None = None) -> Path:
     """The path of the module, built anew where a source or header has changed."""
-    folder = folder or Path(os.environ.get("PIXELBYTES_EMULATOR_BUILD") or ROOT / "build" / "emulator")
-    folder.mkdir(parents=True, exist_ok=True)
-    module = folder / f"_cuda{importlib.machinery.EXTENSION_SUFFIXES[0]}"
-    with open(folder / "lock", "w") as lock:  # several test processes may ask at once
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        cxx = find_cxx(os.environ)
-        wanted = jobs(folder, cxx)
-        if compile_all(wanted, os.environ) or not module.exists():
-            aside = module.with_suffix(".new")
-            run_tool([*link_command(cxx, [job.object for job in wanted], [], platform.system()), "-o", str(aside)])
-            os.replace(aside, module)
-    return module
+    return build_library("_cuda", [*sorted(CUDA.glob("*.cu")), *sorted(CUDA.glob("*.cpp"))], folder)
 
 
 @functools.cache

@@ -33,7 +33,6 @@ enum class State { ready, at_block, at_warp, done };
 
 // ---- settings and results ----
 
-enum class Order { forward, reverse, random };
 Order g_order = Order::forward;
 uint64_t g_random = 1;
 bool g_at_end = true;  // a tensor's copy ends at its guard page, rather than starting there
@@ -94,7 +93,6 @@ Fiber g_scheduler;
 Thread* g_current;
 const std::function<void()>* g_body;
 std::vector<int> g_warp_order, g_lane_order, g_block_order;
-bool g_running;
 sigjmp_buf g_fault;
 
 char* stacks() {
@@ -296,9 +294,9 @@ class FaultHandler {
  public:
   FaultHandler() {
     static char stack[64 * 1024];
-    stack_t alternate{}, *none = nullptr;
+    stack_t alternate{};
     alternate.ss_sp = stack, alternate.ss_size = sizeof stack;
-    sigaltstack(&alternate, none == nullptr ? &stack_before_ : none);
+    sigaltstack(&alternate, &stack_before_);
     struct sigaction action {};
     action.sa_sigaction = on_fault;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
@@ -351,13 +349,11 @@ const char* run(const char* name, dim3 grid, dim3 block, size_t shared_bytes, co
   {
     const FaultHandler handler;
     if (sigsetjmp(g_fault, 1) == 0) {
-      g_running = true;
       run_grid();
     } else {
       g_error = "block (" + std::to_string(block_index.x) + "," + std::to_string(block_index.y) + "," + std::to_string(block_index.z) + ") thread (" +
                 std::to_string(thread_index.x) + "," + std::to_string(thread_index.y) + "," + std::to_string(thread_index.z) + ") " + g_error;
     }
-    g_running = false;
   }
   count_launch();
   return g_error.empty() ? nullptr : g_error.c_str();
@@ -446,8 +442,9 @@ void* guarded(void* data, int64_t item, int ndim, const int64_t* size, const int
   return r.copy;
 }
 
-void write_back() {
-  std::string spoilt;
+const char* write_back() {
+  static std::string spoilt;
+  spoilt.clear();
   for (Region& r : g_regions) {
     each_element(r, r.copy, r.original, 0, [&](char* from, char* to) {
       if (memcmp(from, to, size_t(r.item))) memcpy(to, from, size_t(r.item));
@@ -455,11 +452,16 @@ void write_back() {
     each_element(r, r.copy, r.original, 0, [&](char* from, char*) { memset(from, kPoison, size_t(r.item)); });
     for (size_t i = 0; i < r.page_bytes; ++i)
       if (static_cast<unsigned char>(r.pages[i]) != kPoison && spoilt.empty())
-        spoilt = "emulator: " + g_kernel + " wrote between the elements of a strided tensor of shape " + text(r.size);
+        spoilt = g_kernel + " wrote between the elements of a strided tensor of shape " + text(r.size);
     mprotect(r.pages, r.page_bytes, PROT_NONE);
   }
   g_regions.clear();
-  if (!spoilt.empty()) throw std::runtime_error(spoilt);
+  return spoilt.empty() ? nullptr : spoilt.c_str();
+}
+
+void configure(Order order, uint64_t seed, bool at_end) {
+  g_order = order, g_at_end = at_end;
+  g_random = seed * 0x9e3779b97f4a7c15u + 1;
 }
 
 namespace py = pybind11;
@@ -467,8 +469,7 @@ namespace py = pybind11;
 void bind(py::module_& m) {
   m.attr("emulated") = true;
   m.def("emulator_configure", [](const std::string& order, uint64_t seed, bool at_end) {
-    g_order = order == "forward" ? Order::forward : order == "reverse" ? Order::reverse : Order::random;
-    g_random = seed * 0x9e3779b97f4a7c15u + 1, g_at_end = at_end;
+    configure(order == "forward" ? Order::forward : order == "reverse" ? Order::reverse : Order::random, seed, at_end);
   }, "order: forward, reverse or random; at_end: tensors end at their guard page, rather than start there.");
   m.def("emulator_reset_counts", [] { g_counts.clear(), g_launches.clear(); });
   m.def("emulator_counts", [] {

@@ -55,7 +55,11 @@ void* dynamic_shared();
 void* static_shared(const void* site, size_t bytes);
 // The copy of a tensor between guard pages that a call works on, and the way back of everything that was changed in such copies.
 void* guarded(void* data, int64_t item, int ndim, const int64_t* size, const int64_t* stride);
-void write_back();
+const char* write_back();  // nullptr, or what was written where no element is
+
+// How threads run from now on, and where tensors lie: their end, or else their start, at a guard page.
+enum class Order { forward, reverse, random };
+void configure(Order order, uint64_t seed, bool at_end);
 
 // ---- for the intrinsics below ----
 

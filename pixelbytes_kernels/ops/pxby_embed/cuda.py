@@ -69,7 +69,7 @@ def is_folded(tokens: Tensor, emb: Tensor, proj_weight: Tensor, folded: bool | N
         return False
     if folded is not None:
         return folded
-    return folded_is_cheaper(tokens.shape[0] * tokens.shape[1], *emb.shape, proj_weight.shape[0])
+    return folded_is_cheaper(tokens.shape[0] * tokens.shape[1], emb.shape[0], emb.shape[1], proj_weight.shape[0])
 
 
 # ---- everything before the LayerNorm, from the weights alone ----------------------------------------------------------
