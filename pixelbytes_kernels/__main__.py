@@ -7,31 +7,48 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 import pixelbytes_kernels as kernels
+from pixelbytes_kernels._backend import GPU_BACKENDS, INTERPRETER
 from pixelbytes_kernels.testing import assert_matches, embed_inputs, scan_inputs
 
 
+def on_device(op: Callable[..., Any], backend: str, device: str) -> Callable[..., Any]:
+    """`op` for tensors on the CPU, run on `device`: so the oracle stays on the CPU."""
+
+    def moved(**inputs: Any) -> Any:
+        there = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        return op(**{**there, "backend": backend}).cpu()
+
+    return moved
+
+
 def checks(backend: str) -> dict[str, Callable[[], None]]:
-    """Each op against the float64 oracle, outputs and gradients, on a small input."""
-    options = {"backend": backend}
-    scan = scan_inputs(2, 20, 70, 16)
-    conv = {"x": scan["u"], "weight": torch.randn(20, 4, generator=torch.Generator().manual_seed(0)), "bias": scan["D"]}
+    """Each op against the float64 oracle, outputs and gradients, on a small input, on the device of the backend."""
+    device = "cpu"
+    if backend in GPU_BACKENDS and kernels.available_backends()[backend][1] != INTERPRETER:
+        device = "cuda" if torch.cuda.is_available() else "xpu"
+    slow = kernels.available_backends()[backend][1] == INTERPRETER
+    scan = scan_inputs(1, 4, 6, 4) if slow else scan_inputs(2, 20, 70, 16)
+    conv = {
+        "x": scan["u"],
+        "weight": torch.randn(len(scan["A"]), 4, generator=torch.Generator().manual_seed(0)),
+        "bias": scan["D"],
+    }
+    embed = embed_inputs(1, 8) if slow else embed_inputs(2, 37)
+
+    def check(name: str, inputs: dict[str, Any], **shared: Any) -> Callable[[], None]:
+        op, reference = getattr(kernels, name), getattr(kernels, f"{name}_ref")
+        return lambda: assert_matches(on_device(op, backend, device), reference, inputs, **shared)
+
     return {
-        "selective_scan": lambda: assert_matches(
-            kernels.selective_scan, kernels.selective_scan_ref, scan, options=options
-        ),
-        "bidirectional_selective_scan": lambda: assert_matches(
-            kernels.bidirectional_selective_scan, kernels.bidirectional_selective_scan_ref, scan, options=options
-        ),
-        "causal_conv1d": lambda: assert_matches(
-            kernels.causal_conv1d, kernels.causal_conv1d_ref, conv, options=options, activation="silu"
-        ),
-        "pxby_embed": lambda: assert_matches(
-            kernels.pxby_embed, kernels.pxby_embed_ref, embed_inputs(2, 37), options=options
-        ),
+        "selective_scan": check("selective_scan", scan),
+        "bidirectional_selective_scan": check("bidirectional_selective_scan", scan),
+        "causal_conv1d": check("causal_conv1d", conv, activation="silu"),
+        "pxby_embed": check("pxby_embed", embed),
     }
 
 
