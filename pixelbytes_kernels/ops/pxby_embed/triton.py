@@ -210,6 +210,7 @@ def sums_by_key(rows: Tensor, keys: Tensor, known: int, whole: Tensor | None) ->
 
     `whole` (D): the sum of all rows, for a key that each of them has.
     """
+    rows = rows.contiguous()
     period, dim = rows.shape
     entries = keys.numel()
     ordered, order = torch.sort(keys, stable=True)

@@ -1,0 +1,165 @@
+"""pxby_embed in Triton's interpreter: the oracle in both forms, variants, ids, the sums by key, poisoned margins."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from poisoned import Margins, poisoned_allocations
+
+from pixelbytes_kernels import available_backends, pxby_embed, pxby_embed_ref
+from pixelbytes_kernels.ops.pxby_embed import triton as triton_path
+from pixelbytes_kernels.testing import assert_matches, embed_inputs, run
+
+USABLE, REASON = available_backends()["triton"]
+pytestmark = [
+    pytest.mark.skipif(not USABLE, reason=REASON),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: test_device.py runs the kernels on it"),
+]
+
+
+@pytest.fixture(params=["folded", "direct"])
+def form(request, monkeypatch):
+    """Forces one of the two forms, whatever the sizes."""
+    monkeypatch.setattr(triton_path, "folded_is_cheaper", lambda *sizes: request.param == "folded")
+    return request.param
+
+
+def check(inputs):
+    assert_matches(pxby_embed, pxby_embed_ref, inputs, options={"backend": "triton"})
+
+
+# D = 7: less than a program's width; D = 70 and 150: tails; 40 tokens of D = 70: several programs, and keys in several runs.
+@pytest.mark.parametrize(
+    ("batch", "seqlen", "vocab", "dim", "constant_cells"),
+    [(1, 1, 5, 7, True), (2, 20, 3, 70, False), (2, 9, 3, 16, True), (1, 6, 2, 150, False)],
+)
+def test_oracle(form, batch, seqlen, vocab, dim, constant_cells):
+    check(embed_inputs(batch, seqlen, vocab, dim, constant_cells=constant_cells))
+
+
+def test_half(form):
+    check([embed_inputs(2, 5, 3, 16, dtype=torch.float16, seed=s) for s in range(2)])
+
+
+@pytest.mark.parametrize(
+    ("conv", "gate", "bias"), [(True, False, True), (False, True, True), (False, False, True), (True, True, False)]
+)
+def test_variants(form, conv, gate, bias):
+    check(embed_inputs(2, 5, 3, 12, conv=conv, gate=gate, bias=bias))
+
+
+@pytest.mark.parametrize("ids", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)
+def test_ids_are_read_as_they_are(monkeypatch, ids):
+    monkeypatch.setattr(triton_path, "folded_is_cheaper", lambda *sizes: True)
+    inputs = embed_inputs(2, 5, 3, 12, ids=ids)
+    expected = run(pxby_embed, {**inputs, "tokens": inputs["tokens"].long()}, backend="triton")
+    apart = torch.full((5, 4, 3, 3), 99, dtype=ids)  # every other row, batch and sequence exchanged
+    apart[:, ::2] = inputs["tokens"].transpose(0, 1)
+    flipped = inputs["tokens"].transpose(2, 3).contiguous().transpose(2, 3)
+    for tokens in (apart[:, ::2].transpose(0, 1), flipped):
+        got = run(pxby_embed, {**inputs, "tokens": tokens}, backend="triton")
+        for name, value in expected.items():
+            assert torch.equal(got[name], value), name
+
+
+@pytest.mark.parametrize("bad", [4, -1, 2**40])
+def test_unknown_id_unchecked(form, bad, monkeypatch):
+    """As on a GPU, where the ids are not checked: NaN in that token's row and in every shared gradient, nothing read or written outside."""
+    monkeypatch.setattr(triton_path, "check_ids", lambda *a: None)
+    inputs = embed_inputs(2, 5, 4, 12)
+    inputs["tokens"][1, 3, 0, 2] = bad
+    margins = Margins()
+    with poisoned_allocations(None):
+        inside = {k: margins.around(k, v) for k, v in inputs.items()}
+        result = run(pxby_embed, inside, backend="triton")
+    margins.check()
+    rows = result["out0"].isnan().any(-1)
+    assert rows.nonzero().tolist() == [[1, 3]]
+    assert result["out0"][1, 3].isnan().all()
+    for name in ("dproj_weight", "dnorm_weight", "dalpha"):
+        assert result[name].isnan().all(), name
+
+
+def test_unknown_id_checked(form):
+    inputs = embed_inputs(2, 5, 4, 12)
+    inputs["tokens"][1, 3, 0, 2] = 4
+    with pytest.raises(IndexError, match=r"id 4 at tokens\[1, 3, 0, 2\] is outside the vocabulary \[0, 4\)"):
+        pxby_embed(**inputs, backend="triton")
+
+
+def test_margins(form):
+    inputs = embed_inputs(2, 5, 4, 18)
+    expected = run(pxby_embed, inputs, backend="triton")
+    margins = Margins()
+    with poisoned_allocations(None):
+        got = run(pxby_embed, {k: margins.around(k, v) for k, v in inputs.items()}, backend="triton")
+    margins.check()
+    for name, value in expected.items():
+        # Products of torch may take another path for another alignment.
+        torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("name", ["emb", "conv_weight", "alpha", "norm_weight"])
+def test_nan_shows(form, name):
+    inputs = embed_inputs(1, 4, 3, 12)
+    inputs[name].view(-1)[0] = torch.nan
+    expected, got = run(pxby_embed_ref, inputs), run(pxby_embed, inputs, backend="triton")
+    assert expected["out0"].isnan().any()
+    for key, value in expected.items():
+        assert not (value.isnan() & ~got[key].isnan()).any(), key
+    if name != "emb":  # the table of an id with NaN in one cell has it in all: more than the reference
+        assert torch.equal(got["out0"].isnan(), expected["out0"].isnan())
+
+
+# Runs of 64 entries: keys within one run, over several, a run with many keys, unknown keys, a key that every row has.
+@pytest.mark.parametrize("whole", [True, False])
+def test_sums_by_key(whole):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(150, 20, generator=generator)
+    cells = [torch.full((150,), 4), torch.randint(5, 9, (150,), generator=generator), torch.arange(150) % 40 + 9]
+    keys = torch.cat([*cells, torch.full((150,), 50)]).to(torch.int16)
+    keys[[3, 200, 390]] = 50
+    if whole:
+        keys[3] = 4
+    expected = torch.zeros(51, 20, dtype=torch.float64).index_add_(0, keys.long(), rows.double().repeat(4, 1))[:50]
+    got = triton_path.sums_by_key(rows, keys, 50, rows.sum(0) if whole else None)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+    assert (got[:4] == 0).all()
+
+
+@pytest.mark.parametrize(("batch", "seqlen"), [(0, 5), (5, 0)])
+def test_no_tokens(batch, seqlen):
+    result = run(pxby_embed, embed_inputs(batch, seqlen, 20, 12), backend="triton")
+    assert result["out0"].shape == (batch, seqlen, 12)
+    for name, value in result.items():
+        assert torch.equal(value, torch.zeros_like(value)), name
+
+
+@pytest.mark.parametrize("name", ["emb", "alpha", "norm_weight"])
+def test_only_wanted_gradients(form, name):
+    inputs = embed_inputs(2, 5, 3, 12)
+    all_of_them = run(pxby_embed, inputs, backend="triton")
+    inputs[name].requires_grad_()
+    out = pxby_embed(**inputs, backend="triton")
+    gen = torch.Generator().manual_seed(1)  # the output gradient of `run`
+    out.backward(torch.randn(out.shape, generator=gen, dtype=torch.float64).to(torch.bfloat16).to(out.dtype))
+    assert torch.equal(inputs[name].grad, all_of_them[f"d{name}"])
+
+
+def test_expanded_output_gradient(form):
+    inputs = embed_inputs(2, 5, 3, 12)
+    weights = [v.requires_grad_() for k, v in inputs.items() if k != "tokens"]
+    out = pxby_embed(**inputs, backend="triton")
+    expanded = torch.autograd.grad(out.sum(), weights, retain_graph=True)
+    whole = torch.autograd.grad(out, weights, torch.ones_like(out).contiguous())
+    for a, b in zip(expanded, whole, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_autocast_changes_nothing(form):
+    inputs = embed_inputs(2, 5, 3, 12)
+    expected = run(pxby_embed, inputs, backend="triton")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = run(pxby_embed, inputs, backend="triton")
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), name
