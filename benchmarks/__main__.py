@@ -135,7 +135,7 @@ def measured(args: argparse.Namespace, device: str) -> Iterator[list[Row]]:
                 continue
             if device != "cpu" and time.monotonic() - start > 60 * args.minutes:
                 note = f"left out: {args.minutes:g} minutes are over (--minutes)"
-                yield [setup.row(name, "everything", "", "ours", float("nan"), "", note=note)]
+                yield [setup.row(name, "everything", "-", "ours", float("nan"), "", note=note)]
                 continue
             found: list[Row] = []
             begun = time.monotonic()
@@ -143,7 +143,7 @@ def measured(args: argparse.Namespace, device: str) -> Iterator[list[Row]]:
                 for row in importlib.import_module(f"benchmarks.bench_{name}").rows(setup):
                     found.append(row)
             except Exception as failed:
-                found.append(setup.row(name, "everything else", "", "ours", float("nan"), "", note=why_not(failed)))
+                found.append(setup.row(name, "everything else", "-", "ours", float("nan"), "", note=why_not(failed)))
             if device != "cpu":
                 torch.cuda.empty_cache()
             setup.report(f"{name} {setup.dtype_name}: {time.monotonic() - begun:.0f} s")

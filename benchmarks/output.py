@@ -114,7 +114,7 @@ def table(rows: Sequence[Row], device: str = "cpu") -> str:
         blocks.setdefault((row.op, row.what, row.unit, row.dtype), []).append(row)
     lines: list[str] = []
     for (op, what, unit, dtype), block in blocks.items():
-        names = list(dict.fromkeys(row.contestant for row in block))
+        names = sorted(dict.fromkeys(row.contestant for row in block), key=lambda name: name != OURS)
         backend = next((row.backend for row in block if row.backend), "")
         own = f"{unit} of ours" + (f" ({backend})" if backend else "")
         header = ["", *(own if name == OURS else f"vs {name}" for name in names)]

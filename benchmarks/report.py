@@ -91,7 +91,7 @@ def against(record: Mapping[str, Any]) -> str:
 def pivot(records: Records, what: str, label: str) -> str:
     """Sizes down, contestants across: ours its figure, the others how many times ours."""
     found = of(records, what=what)
-    names = unique(r["contestant"] for r in found)
+    names = sorted(unique(r["contestant"] for r in found), key=lambda name: name != OURS)
     lines = [[label, *(f"ours, {found[0]['unit']}" if n == OURS else f"{n}, times ours" for n in names)]]
     shares = any(r["percent_of_copy"] not in (None, "") for r in found if r["contestant"] == OURS)
     if shares:
@@ -144,7 +144,7 @@ def goals(records: Records) -> str:
 
 def notebook(records: Records) -> str:
     """Iterations per second of the notebook's models, beside its own figure, and where an iteration goes."""
-    found = of(records, op="trainer")
+    found = of(records, op="trainer", unit=("it/s", "%"))
     if not found:
         return ""
     shares = [w for w in unique(r["what"] for r in found) if w.endswith("share of an iteration")]
@@ -161,7 +161,7 @@ def notebook(records: Records) -> str:
 
 
 def capacity(records: Records) -> str:
-    found = of(records, op="capacity")
+    found = of(records, op="capacity", unit=("bytes", "windows"))
     if not found:
         return ""
     lines = [["BysMamba", "dtype", "bytes a window, ours", "reference", "largest batch in 15 GB, ours", "reference"]]
