@@ -93,7 +93,7 @@ def backward(
             STEPS=steps, BD=channels, num_warps=num_warps,
         )  # fmt: skip
         total = sums.sum(0) if summed else sums
-    dweight = total[:width].flip(0).T.to(weight.dtype) if needs[1] else None
+    dweight = total[:width].T.contiguous().to(weight.dtype) if needs[1] else None
     dbias = total[width].to(bias.dtype) if bias is not None and needs[2] else None
     return dx, dweight, dbias, dinitial
 

@@ -204,7 +204,7 @@ def backward_kernel(
 ):  # fmt: skip
     """What stands before the activation is computed again. dx of a step is complete WIDTH - 1 steps later.
 
-    sums: (batch * chunks, WIDTH + 1, dim) float32, of the weights from the newest lag on, then of the bias.
+    sums: (batch * chunks, WIDTH + 1, dim) float32, of each tap, then of the bias.
     """
     b, first, c, mask = program_place(dim, tiles, chunks, STEPS, BD)
     end = tl.minimum(first + STEPS, seqlen)
@@ -272,10 +272,10 @@ def backward_kernel(
         r1, r2, r3 = q3, q2, q1
     if SUMS:
         to = sums + (b * chunks + first // STEPS) * (WIDTH + 1) * dim + c
-        tl.store(to, d0, mask=mask)
-        tl.store(to + dim, d1, mask=mask)
+        tl.store(to + (WIDTH - 1) * dim, d0, mask=mask)
+        tl.store(to + (WIDTH - 2) * dim, d1, mask=mask)
         if WIDTH > 2:
-            tl.store(to + 2 * dim, d2, mask=mask)
+            tl.store(to + (WIDTH - 3) * dim, d2, mask=mask)
         if WIDTH > 3:
-            tl.store(to + 3 * dim, d3, mask=mask)
+            tl.store(to, d3, mask=mask)
         tl.store(to + WIDTH * dim, db, mask=mask)

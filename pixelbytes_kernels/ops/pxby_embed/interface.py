@@ -57,7 +57,7 @@ def pxby_embed(
     """
     weights = (emb, conv_weight, conv_bias, alpha, proj_weight, proj_bias, norm_weight, norm_bias)
     check_embed(tokens, *weights)
-    name = resolve(OP, backend, tokens, IMPLEMENTED)
+    name = resolve(OP, backend, emb, IMPLEMENTED)
     if name == "reference":
         return pxby_embed_ref(tokens, *weights, eps=eps)
     if name == "torch":
