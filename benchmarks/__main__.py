@@ -46,14 +46,28 @@ FOLDER = "benchmark_report"
 MINUTES = 13.0  # after these no further op is begun on a GPU
 
 
+def op_and_part(text: str) -> tuple[str, str]:
+    """ "op" or "op/part"; the part is "" for all of them."""
+    op, _, part = text.partition("/")
+    if op not in OPS:
+        raise argparse.ArgumentTypeError(f"there is no op {op!r}; there are {', '.join(OPS)}")
+    parts = importlib.import_module(f"benchmarks.bench_{op}").PARTS
+    if part and part not in parts:
+        raise argparse.ArgumentTypeError(f"{op} has no part {part!r}; there are {', '.join(parts)}")
+    return op, part
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("device", nargs="?", choices=("cpu", "cuda", "all"), default="cpu", help="default: cpu")
+    help_op = f"only these of: {', '.join(OPS)}; OP/PART for a part of one, such as selective_scan/speed"
     parser.add_argument(
-        "--op", nargs="+", choices=OPS, default=list(OPS), metavar="NAME", help=f"only these of: {', '.join(OPS)}"
+        "--op", nargs="+", type=op_and_part, default=[(op, "") for op in OPS], metavar="OP", help=help_op
     )
+    help_seconds = "for each group of contestants (default 5, on a GPU 3; a quarter of it with --quick)"
+    parser.add_argument("--seconds", type=float, metavar="S", help=help_seconds)
     parser.add_argument(
         "--quick", action="store_true", help="fewer rounds and contestants: minutes instead of most of an hour"
     )
@@ -97,9 +111,8 @@ def clear_progress() -> None:
 def setups(args: argparse.Namespace, device: str) -> list[Setup]:
     """One for each dtype."""
     names = args.dtype or (["float32"] if device == "cpu" else ["float32", "float16"])
-    more: dict[str, Any] = {"least": 2 if args.quick else 3, "report": progress}
-    if device != "cpu":
-        more["seconds"] = 3.0
+    seconds = args.seconds or (5.0 if device == "cpu" else 3.0)
+    more: dict[str, Any] = {"least": 2 if args.quick else 3, "report": progress, "seconds": seconds}
     return [Setup(quick=args.quick, threads=args.threads, device=device, dtype=DTYPES[name], **more) for name in names]
 
 
@@ -113,8 +126,9 @@ def header(device: str, threads: int) -> str:
 
 def check(args: argparse.Namespace, device: str) -> list[Row]:
     """The numerics of the ops asked for on `device`, and on every other GPU of the machine."""
+    ops = [op for op, part in args.op if part in ("", "all", "speed")]
     places = [device] if device == "cpu" else [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    return [row for place in places for setup in setups(args, place) for row in numerics.rows(setup, args.op)]
+    return [row for place in places for setup in setups(args, place) for row in numerics.rows(setup, ops)]
 
 
 def save(args: argparse.Namespace, folder: Path | None, records: list[Mapping[str, Any]]) -> None:
@@ -129,7 +143,7 @@ def save(args: argparse.Namespace, folder: Path | None, records: list[Mapping[st
 def measured(args: argparse.Namespace, device: str) -> Iterator[list[Row]]:
     """The rows of one op after the other. An op that fails is a row with the reason; the next one goes on."""
     start = time.monotonic()
-    for name in args.op:
+    for name, part in args.op:
         for setup in setups(args, device):
             if name in SINGLE and setup.dtype != torch.float32 and len(setups(args, device)) > 1:
                 continue
@@ -140,7 +154,8 @@ def measured(args: argparse.Namespace, device: str) -> Iterator[list[Row]]:
             found: list[Row] = []
             begun = time.monotonic()
             try:
-                for row in importlib.import_module(f"benchmarks.bench_{name}").rows(setup):
+                parts = importlib.import_module(f"benchmarks.bench_{name}").PARTS
+                for row in itertools.chain.from_iterable(call(setup) for p, call in parts.items() if part in ("", p)):
                     found.append(row)
             except Exception as failed:
                 found.append(setup.row(name, "everything else", "-", "ours", float("nan"), "", note=why_not(failed)))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 
 from benchmarks import scans
 from benchmarks.harness import Row, Run, Setup
@@ -10,8 +11,9 @@ from benchmarks.harness import Row, Run, Setup
 OP = "bidirectional_selective_scan"
 
 
-def rows(setup: Setup) -> Iterator[Row]:
-    yield from scans.rows(setup, OP)
+PARTS: dict[str, Callable[[Setup], Iterator[Row]]] = {
+    part: functools.partial(call, name=OP) for part, call in scans.PARTS.items()
+}
 
 
 def workload(setup: Setup, contestant: str, sizes: Mapping[str, int]) -> Run:

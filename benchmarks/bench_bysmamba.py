@@ -119,12 +119,6 @@ def workload(setup: Setup, contestant: str, sizes: Mapping[str, int]) -> Run:
     return run
 
 
-def rows(setup: Setup) -> Iterator[Row]:
-    yield from speed(setup)
-    yield from saved(setup)
-    yield from peaks(setup)
-
-
 def speed(setup: Setup) -> Iterator[Row]:
     setup.report(f"{OP} {words(STEP)} {setup.dtype_name}: checking")
     refused = gate(setup, STEP["dim"], 2, 40)
@@ -157,3 +151,6 @@ def peaks(setup: Setup) -> Iterator[Row]:
     setup.report(f"{OP} {words(STEP)} {setup.dtype_name}: peak memory")
     found = {c: peak_bytes(setup, OP, c, STEP, functools.partial(workload, setup, c, STEP)) for c in contestants(setup)}
     yield from value_rows(setup, OP, PEAK_OF[setup.kind], words(STEP), found, "bytes")
+
+
+PARTS = {"speed": speed, "saved": saved, "peaks": peaks}

@@ -57,3 +57,6 @@ def rows(setup: Setup) -> Iterator[Row]:
             ratio = batch / ours if ours and contestant != OURS else None
             note = f"in {MEMORY / 1e9:.0f} GB"
             yield setup.row(OP, "largest batch", sizes, contestant, batch, "windows", ratio=ratio, note=note)
+
+
+PARTS = {"all": rows}

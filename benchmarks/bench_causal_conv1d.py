@@ -66,3 +66,6 @@ def rows(setup: Setup) -> Iterator[Row]:
             kept = {c: saved_bytes(call, wanted[1:]) / activation for c, call in calls.items() if c != "compile"}
             unit = "activation tensors"
             yield from value_rows(setup, OP, "saved for backward", sizes, kept, unit, "weights not counted")
+
+
+PARTS = {"all": rows}

@@ -129,3 +129,6 @@ def tokens(step: Callable[[Tensor], Tensor], x: Tensor, device: str) -> dict[str
     for _ in range(TOKENS):
         step(x)
     return {"a token": (wall(device) - start) / TOKENS}
+
+
+PARTS = {"all": rows}

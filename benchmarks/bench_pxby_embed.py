@@ -49,3 +49,6 @@ def rows(setup: Setup) -> Iterator[Row]:
         yield from measure(setup, OP, sizes, runs, refused, share=0.5, work=work, backend=auto(setup, OP))
         kept = {c: saved_bytes(call, weights) for c, call in calls.items() if c != "compile"}
         yield from value_rows(setup, OP, "saved for backward", sizes, kept, "bytes", "weights not counted")
+
+
+PARTS = {"all": rows}

@@ -136,12 +136,21 @@ def thread_series(setup: Setup) -> Iterator[Row]:
         yield setup.row(OP, "exponent of time", name, OURS, exponent, "power", note="-1 is perfect sharing")
 
 
-def rows(setup: Setup) -> Iterator[Row]:
+def scan_rows(setup: Setup) -> Iterator[Row]:
     for op in ("selective_scan", "bidirectional_selective_scan"):
         for varied, cases in scan_series(setup).items():
             yield from one_series(setup, op, varied, cases)
+
+
+def other_rows(setup: Setup) -> Iterator[Row]:
     for op in ("causal_conv1d", "pxby_embed"):
         for varied, cases in row_series(setup).items():
             yield from one_series(setup, op, varied, cases)
+
+
+def thread_rows(setup: Setup) -> Iterator[Row]:
     if not (setup.on_gpu or setup.quick):
         yield from thread_series(setup)
+
+
+PARTS = {"scans": scan_rows, "others": other_rows, "threads": thread_rows}

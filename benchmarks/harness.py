@@ -83,7 +83,7 @@ class Setup:
     threads: int = 1
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
-    seconds: float = 8.0  # that one group of contestants may take
+    seconds: float = 5.0  # that one group of contestants may take
     most: int = 25  # rounds
     least: int = 3
     report: Callable[[str], None] = field(default=lambda text: None)

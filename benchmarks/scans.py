@@ -50,6 +50,7 @@ OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 }
 DSTATE = 16
 GATE_UPDATES = 1 << 24  # state updates (batch x seqlen x dim x dstate) up to which the float64 oracle takes seconds
+SLOW_UPDATES = 1 << 22  # up to which loops in PyTorch do, on a CPU
 
 # batch, seqlen, dim; those of a GPU fill it, but for the first
 CASES = {
@@ -94,9 +95,9 @@ def contestants(setup: Setup, name: str) -> dict[str, Callable[..., Tensor]]:
     }
 
 
-def chosen(setup: Setup, name: str, large: bool) -> list[str]:
+def chosen(setup: Setup, name: str, sizes: Mapping[str, int]) -> list[str]:
     """torch.compile takes minutes, and the slow ones a minute at large sizes: not in a quick run."""
-    slow = ["torch", "reference"] if large and not setup.on_gpu else []
+    slow = ["torch", "reference"] if updates(sizes) > SLOW_UPDATES and not setup.on_gpu else []
     left_out = {"compile", "torch", "reference"} if setup.quick else set(slow)
     return [c for c in contestants(setup, name) if c not in left_out]
 
@@ -136,13 +137,6 @@ def gate(setup: Setup, name: str, names: list[str], sizes: Mapping[str, int], li
     return {c: why for c, why in found.items() if why}
 
 
-def rows(setup: Setup, name: str) -> Iterator[Row]:
-    yield from speed(setup, name)
-    yield from pipe_share(setup, name)
-    yield from unaligned(setup, name)
-    yield from memory(setup, name)
-
-
 def gate_limit(setup: Setup) -> int:
     return GATE_UPDATES >> (4 if setup.quick and not setup.on_gpu else 0)
 
@@ -150,7 +144,7 @@ def gate_limit(setup: Setup) -> int:
 def speed(setup: Setup, name: str) -> Iterator[Row]:
     for case in CASES[setup.kind]:
         sizes = sizes_of(*case)
-        names = chosen(setup, name, updates(sizes) > GATE_UPDATES)
+        names = chosen(setup, name, sizes)
         setup.report(f"{name} {words(sizes)} {setup.dtype_name}: checking {', '.join(names)}")
         refused = gate(setup, name, names, sizes, gate_limit(setup))
         runs: dict[str, Run] = {}
@@ -243,3 +237,6 @@ def memory(setup: Setup, name: str) -> Iterator[Row]:
             for c in (OURS, "pscan")
         }
         yield from value_rows(setup, name, PEAK_OF[setup.kind], words(sizes), peaks, "bytes")
+
+
+PARTS = {"speed": speed, "pipe": pipe_share, "unaligned": unaligned, "memory": memory}
