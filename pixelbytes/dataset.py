@@ -94,8 +94,9 @@ class PxByDataset(Dataset[tuple[Tensor, Tensor]]):
         highest = max(int(array.max()) for array in arrays)
         dtype = next(t for t in (np.uint8, np.int16, np.int32) if highest <= np.iinfo(t).max)
         lengths = np.array([len(array) for array in arrays])
-        self._flat = np.empty((int(lengths.sum()), 3, 3), dtype=dtype)
-        np.concatenate(arrays, out=self._flat, casting="unsafe")
+        # With null windows behind the last row, so that a window may be read past the end of its own.
+        self._flat = np.zeros((int(lengths.sum()) + self.seq_length, 3, 3), dtype=dtype)
+        np.concatenate(arrays, out=self._flat[: int(lengths.sum())], casting="unsafe")
         row_starts = np.cumsum(lengths) - lengths
 
         if targets == "last":
@@ -117,16 +118,23 @@ class PxByDataset(Dataset[tuple[Tensor, Tensor]]):
             raise ValueError(f"indices must be (B,) integers with B >= 1, got {index.dtype} of shape {index.shape}")
         if index.min() < -len(self) or index.max() >= len(self):
             raise IndexError(f"indices must be 0..{len(self) - 1}, got {index.min()}..{index.max()}")
-        start, last = self._start[index][:, None], self._stop[index][:, None] - 1
-        place = start + np.arange(self.seq_length + 1)  # (B, seq_length + 1)
-        inside = place <= last
-        place = np.minimum(place, last)
-        x = self._flat[place[:, :-1]]
+        start, last = self._start[index], self._stop[index] - 1
+        # Every window and the token after it, from any token on, as one run of memory: rows are copied whole.
+        shape = (len(self._flat) - self.seq_length, (self.seq_length + 1) * 9)
+        strides = (self._flat.strides[0], self._flat.itemsize)
+        spans = np.lib.stride_tricks.as_strided(self._flat, shape, strides, writeable=False)
+        span = spans[start].reshape(len(index), self.seq_length + 1, 3, 3)
+        short = start + self.seq_length > last  # these run past their row
         if self.targets == "last":
-            y = self._flat[place[:, -1], 1, 1].astype(np.int64)
+            for i in np.flatnonzero(short):
+                span[i, last[i] - start[i] + 1 :] = self._flat[last[i]]
+            x, y = np.ascontiguousarray(span[:, :-1]), span[:, -1, 1, 1].astype(np.int64)
         else:
-            x[~inside[:, :-1]] = 0
-            y = np.where(inside[:, 1:], self._flat[place[:, 1:], 1, 1].astype(np.int64), IGNORE)
+            x = np.ascontiguousarray(span[:, :-1])
+            y = span[:, 1:, 1, 1].astype(np.int64)
+            for i in np.flatnonzero(short):
+                x[i, last[i] - start[i] + 1 :] = 0
+                y[i, last[i] - start[i] :] = IGNORE
         return torch.from_numpy(x), torch.from_numpy(y)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
