@@ -136,13 +136,13 @@ def _constant_backends() -> dict[str, tuple[bool, str]]:
 
 
 @functools.cache
-def _devices_without_bfloat16() -> frozenset[int]:
+def _devices_without_bfloat16() -> tuple[int, ...]:
     if torch.version.hip or not torch.cuda.is_available():
-        return frozenset()
-    return frozenset(i for i in range(torch.cuda.device_count()) if torch.cuda.get_device_capability(i) < (8, 0))
+        return ()
+    return tuple(i for i in range(torch.cuda.device_count()) if torch.cuda.get_device_capability(i) < (8, 0))
 
 
-def _without_bfloat16() -> frozenset[int]:
+def _without_bfloat16() -> tuple[int, ...]:
     """Numbers of the NVIDIA GPUs below sm_80; as `_constant_backends`."""
     return _devices_without_bfloat16()
 
