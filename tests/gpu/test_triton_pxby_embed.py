@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
-from poisoned import Margins, poisoned_allocations
 
-from pixelbytes_kernels import available_backends, pxby_embed, pxby_embed_ref
-from pixelbytes_kernels.ops.pxby_embed import triton as triton_path
-from pixelbytes_kernels.testing import assert_matches, embed_inputs, run
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("runs in Triton's interpreter; a real GPU has test_device.py", allow_module_level=True)
 
-USABLE, REASON = available_backends()["triton"]
-pytestmark = [
-    pytest.mark.skipif(not USABLE, reason=REASON),
-    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here: test_device.py runs the kernels on it"),
-]
+from poisoned import Margins, poisoned_allocations  # noqa: E402
+
+from pixelbytes_kernels import pxby_embed, pxby_embed_ref  # noqa: E402
+from pixelbytes_kernels.ops.pxby_embed import triton as triton_path  # noqa: E402
+from pixelbytes_kernels.testing import assert_matches, embed_inputs, run  # noqa: E402
+
+
+def small(batch=2, seqlen=5, vocab=2, dim=12, width=1, **options):
+    """Arguments of pxby_embed with few channels: the interpreter counts programs."""
+    inputs = embed_inputs(batch, seqlen, vocab, dim, **options)
+    cuts = {"emb": (..., slice(width)), "conv_weight": (slice(width), slice(width)), "conv_bias": (slice(width),)}
+    for name, cut in cuts.items():
+        if inputs[name] is not None:
+            inputs[name] = inputs[name][cut].contiguous()
+    inputs["proj_weight"] = inputs["proj_weight"][:, : 9 * width].contiguous() * 3
+    return inputs
 
 
 @pytest.fixture(params=["folded", "direct"])
@@ -31,27 +43,27 @@ def check(inputs):
 # D = 7: less than a program's width; D = 70 and 150: tails; 40 tokens of D = 70: several programs, and keys in several runs.
 @pytest.mark.parametrize(
     ("batch", "seqlen", "vocab", "dim", "constant_cells"),
-    [(1, 1, 5, 7, True), (2, 20, 3, 70, False), (2, 9, 3, 16, True), (1, 6, 2, 150, False)],
+    [(1, 1, 3, 7, True), (2, 20, 2, 70, False), (1, 4, 1, 150, True)],
 )
 def test_oracle(form, batch, seqlen, vocab, dim, constant_cells):
     check(embed_inputs(batch, seqlen, vocab, dim, constant_cells=constant_cells))
 
 
 def test_half(form):
-    check([embed_inputs(2, 5, 3, 16, dtype=torch.float16, seed=s) for s in range(2)])
+    check([small(dtype=torch.float16, seed=s) for s in range(2)])
 
 
 @pytest.mark.parametrize(
     ("conv", "gate", "bias"), [(True, False, True), (False, True, True), (False, False, True), (True, True, False)]
 )
 def test_variants(form, conv, gate, bias):
-    check(embed_inputs(2, 5, 3, 12, conv=conv, gate=gate, bias=bias))
+    check(small(conv=conv, gate=gate, bias=bias, width=2))
 
 
-@pytest.mark.parametrize("ids", [torch.uint8, torch.int8, torch.int16, torch.int32], ids=str)
+@pytest.mark.parametrize("ids", [torch.uint8, torch.int16], ids=str)
 def test_ids_are_read_as_they_are(monkeypatch, ids):
     monkeypatch.setattr(triton_path, "folded_is_cheaper", lambda *sizes: True)
-    inputs = embed_inputs(2, 5, 3, 12, ids=ids)
+    inputs = small(ids=ids)
     expected = run(pxby_embed, {**inputs, "tokens": inputs["tokens"].long()}, backend="triton")
     apart = torch.full((5, 4, 3, 3), 99, dtype=ids)  # every other row, batch and sequence exchanged
     apart[:, ::2] = inputs["tokens"].transpose(0, 1)
@@ -62,11 +74,11 @@ def test_ids_are_read_as_they_are(monkeypatch, ids):
             assert torch.equal(got[name], value), name
 
 
-@pytest.mark.parametrize("bad", [4, -1, 2**40])
+@pytest.mark.parametrize("bad", [4, -(2**40)])
 def test_unknown_id_unchecked(form, bad, monkeypatch):
     """As on a GPU, where the ids are not checked: NaN in that token's row and in every shared gradient, nothing read or written outside."""
     monkeypatch.setattr(triton_path, "check_ids", lambda *a: None)
-    inputs = embed_inputs(2, 5, 4, 12)
+    inputs = small(vocab=4)
     inputs["tokens"][1, 3, 0, 2] = bad
     margins = Margins()
     with poisoned_allocations(None):
@@ -81,14 +93,14 @@ def test_unknown_id_unchecked(form, bad, monkeypatch):
 
 
 def test_unknown_id_checked(form):
-    inputs = embed_inputs(2, 5, 4, 12)
+    inputs = small(vocab=4)
     inputs["tokens"][1, 3, 0, 2] = 4
     with pytest.raises(IndexError, match=r"id 4 at tokens\[1, 3, 0, 2\] is outside the vocabulary \[0, 4\)"):
         pxby_embed(**inputs, backend="triton")
 
 
 def test_margins(form):
-    inputs = embed_inputs(2, 5, 4, 18)
+    inputs = small(vocab=4, dim=18)
     expected = run(pxby_embed, inputs, backend="triton")
     margins = Margins()
     with poisoned_allocations(None):
@@ -99,9 +111,9 @@ def test_margins(form):
         torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("name", ["emb", "conv_weight", "alpha", "norm_weight"])
+@pytest.mark.parametrize("name", ["emb", "alpha"])
 def test_nan_shows(form, name):
-    inputs = embed_inputs(1, 4, 3, 12)
+    inputs = small(1, 4)
     inputs[name].view(-1)[0] = torch.nan
     expected, got = run(pxby_embed_ref, inputs), run(pxby_embed, inputs, backend="triton")
     assert expected["out0"].isnan().any()
@@ -135,9 +147,9 @@ def test_no_tokens(batch, seqlen):
         assert torch.equal(value, torch.zeros_like(value)), name
 
 
-@pytest.mark.parametrize("name", ["emb", "alpha", "norm_weight"])
+@pytest.mark.parametrize("name", ["emb", "norm_weight"])
 def test_only_wanted_gradients(form, name):
-    inputs = embed_inputs(2, 5, 3, 12)
+    inputs = small()
     all_of_them = run(pxby_embed, inputs, backend="triton")
     inputs[name].requires_grad_()
     out = pxby_embed(**inputs, backend="triton")
@@ -146,8 +158,8 @@ def test_only_wanted_gradients(form, name):
     assert torch.equal(inputs[name].grad, all_of_them[f"d{name}"])
 
 
-def test_expanded_output_gradient(form):
-    inputs = embed_inputs(2, 5, 3, 12)
+def test_expanded_output_gradient():
+    inputs = small()
     weights = [v.requires_grad_() for k, v in inputs.items() if k != "tokens"]
     out = pxby_embed(**inputs, backend="triton")
     expanded = torch.autograd.grad(out.sum(), weights, retain_graph=True)
@@ -156,8 +168,8 @@ def test_expanded_output_gradient(form):
         assert torch.equal(a, b)
 
 
-def test_autocast_changes_nothing(form):
-    inputs = embed_inputs(2, 5, 3, 12)
+def test_autocast_changes_nothing():
+    inputs = small()
     expected = run(pxby_embed, inputs, backend="triton")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = run(pxby_embed, inputs, backend="triton")
