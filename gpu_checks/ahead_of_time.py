@@ -72,8 +72,7 @@ def compiled(launch: Launch, arch: int) -> Any:
         {(position[name],): value for name, value in constants.items()},
         {(position[name],): [["tt.divisibility", 16]] for name in divisible},
     )
-    options = {"num_warps": launch.num_warps, "num_stages": 1}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options("cuda"))
 
 
 def resources(kernel: Any) -> Resources:

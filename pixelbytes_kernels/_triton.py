@@ -40,6 +40,12 @@ class Launch(NamedTuple):
     grid: tuple[int, ...]
     arguments: dict[str, Any]
     num_warps: int
+    max_registers: int | None = None  # a thread; None: as the compiler likes
+
+    def options(self, kind: str) -> dict[str, int]:
+        """Triton's options on a device of this kind."""
+        limit = {} if self.max_registers is None or kind != "cuda" else {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps, "num_stages": 1, **limit}
 
 
 class Case(NamedTuple):
@@ -85,7 +91,16 @@ def _properties(device: torch.device) -> Device:
     return Device("cuda", 10 * found.major + found.minor, found.multi_processor_count)
 
 
-def launch(op: str, kernel: Any, grid: tuple[int, ...], like: Tensor, *, num_warps: int, **arguments: Any) -> None:
+def launch(
+    op: str,
+    kernel: Any,
+    grid: tuple[int, ...],
+    like: Tensor,
+    *,
+    num_warps: int,
+    max_registers: int | None = None,
+    **arguments: Any,
+) -> None:
     """Runs `kernel` on the device of `like`, on torch's current stream of it. `arguments` in the order of the kernel's parameters.
 
     Raises:
@@ -94,11 +109,12 @@ def launch(op: str, kernel: Any, grid: tuple[int, ...], like: Tensor, *, num_war
     check_grid(op, grid)
     if 0 in grid:
         return
+    made = Launch(op, kernel, grid, arguments, num_warps, max_registers)
     if _handler:
-        _handler(Launch(op, kernel, grid, arguments, num_warps))
+        _handler(made)
         return
     with on_device(like):
-        kernel[grid](**arguments, num_warps=num_warps, num_stages=1)
+        kernel[grid](**arguments, **made.options(device_of(like).kind))
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -13,7 +13,6 @@ from . import triton_kernels as kernels
 from .autograd import FIRST, Direction, Options, states_size, tensors_of
 
 CHUNK = 32  # steps between two states that the forward keeps
-STEPS = 4  # whose states the backward has in registers
 
 
 class Plan(NamedTuple):
@@ -22,17 +21,18 @@ class Plan(NamedTuple):
     states: int  # dstate, rounded up to a power of two
     tile: int  # channels of a program
     tiles: int  # of a group
-    num_warps: int
+    num_warps: int = 1
+    max_registers: int | None = None
 
 
-def plan(batch: int, groups: int, dim: int, dstate: int, device: Device) -> Plan:
-    """One warp with 16 numbers of the state a thread, and fewer where that leaves a GPU with too few warps to hide latency."""
+def plan(batch: int, groups: int, dim: int, dstate: int, device: Device, backward: bool = False) -> Plan:
+    """One warp with 8 numbers of the state a thread, and 4 where that leaves a GPU with too few warps to hide latency."""
     channels = dim // groups
     states = next_power_of_2(dstate)
-    tile = min(32, max(1, 512 // states), next_power_of_2(channels))
+    tile = min(32, max(1, 256 // states), next_power_of_2(channels))
     while tile * states > 128 and tile > 8 and batch * groups * cdiv(channels, tile) < 4 * device.multiprocessors:
         tile //= 2
-    return Plan(states, tile, cdiv(channels, tile), 1)
+    return Plan(states, tile, cdiv(channels, tile), 1, None if backward else 128)
 
 
 def states_shape(batch: int, groups: int, dim: int, seqlen: int, dstate: int, dtype: torch.dtype) -> tuple[int, ...]:
@@ -109,9 +109,10 @@ def arguments_of(scan: Scan) -> dict[str, Any]:
 
 
 def run(kernel: Any, grid: int, u: Tensor, chosen: Plan, **arguments: Any) -> None:
-    arguments |= {"NP": chosen.states, "BD": chosen.tile, "CHUNK": CHUNK, "STEPS": STEPS}
+    arguments |= {"NP": chosen.states, "BD": chosen.tile, "CHUNK": CHUNK}
     in_order = {name: arguments[name] for name in kernel.arg_names}
-    launch("selective_scan", kernel, (grid,), u, num_warps=chosen.num_warps, **in_order)
+    limits = {"num_warps": chosen.num_warps, "max_registers": chosen.max_registers}
+    launch("selective_scan", kernel, (grid,), u, **limits, **in_order)
 
 
 def forward(
@@ -173,7 +174,7 @@ def backward(
             grads[7].copy_(dlast_state)
         return grads, dz, out
     scan = prepared(directions)
-    chosen = plan(batch, scan.groups, dim, dstate, device_of(u))
+    chosen = plan(batch, scan.groups, dim, dstate, device_of(u), backward=True)
     two = len(directions) == 2
 
     def float32(*shape: int) -> Tensor:
@@ -214,7 +215,7 @@ def backward(
         dlast=None if dlast_state is None else dlast_state.contiguous(), dinitial=grads[7], states=states,
         z=z, dout=dout, dz=dz, out=out if z is not None else None, seq_idx=seq_idx,
         y_partial=float32(batch, seqlen, dim) if two and need_y else None,
-        scratch=float32(grid, CHUNK // STEPS, chosen.states, chosen.tile),
+        scratch=float32(grid, CHUNK // 4, chosen.states, chosen.tile),
         batch=batch, dim=dim, seqlen=seqlen, channels=dim // scan.groups, tiles=chosen.tiles, scale=float(options.scale),
         **strides("z", z), **strides("dout", dout), **strides("dz", dz), **strides("out", out),
         **strides("seq", seq_idx, "bt", (0, 1)),
