@@ -49,11 +49,15 @@ def pxby_embed(
 
     Raises:
         ValueError: a wrong shape or device. TypeError: a wrong dtype. IndexError: an id outside [0, V), named with
-        its place. RuntimeError: `backend` cannot run here; second derivatives, which only backend="reference" has.
+        its place; on a GPU, where the check waits for the device, only if the environment variable
+        PIXELBYTES_CHECK_IDS is 1. RuntimeError: `backend` cannot run here; second derivatives, which only
+        backend="reference" has.
 
     Source: the PixelBytes paper, Algorithm 1, with the biases and the LayerNorm of the published code. The result is
     the same for any number of threads. Values are not checked: NaN and infinity pass through, and in the row of an id
-    that does not occur they may still reach the gradients of the shared weights.
+    that does not occur they may still reach the gradients of the shared weights. An unchecked id outside [0, V) reads
+    nothing with the backends "cuda" and "triton": its row of the result is NaN, and so are the gradients of what the
+    tokens share.
     """
     weights = (emb, conv_weight, conv_bias, alpha, proj_weight, proj_bias, norm_weight, norm_bias)
     check_embed(tokens, *weights)
