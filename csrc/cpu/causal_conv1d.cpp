@@ -186,11 +186,15 @@ struct Row {
   const ConvArgs& a;
   int64_t batch, channel, seqlen;
   int width, step;  // step -1: the anti-causal form
+  bool finite = true;  // all taps
   T tap[kTaps] = {}, bias = 0;
 
   Row(const ConvArgs& args, int64_t b, int64_t c)
       : a(args), batch(b), channel(c), seqlen(args.x.size[2]), width(int(args.weight.size[1])), step(args.reverse ? -1 : 1) {
-    for (int j = 0; j < width; ++j) tap[j] = load_element<T>(a.weight.at(c, width - 1 - j), a.weight.dtype);
+    for (int j = 0; j < width; ++j) {
+      tap[j] = load_element<T>(a.weight.at(c, width - 1 - j), a.weight.dtype);
+      finite &= tap[j] - tap[j] == T(0);
+    }
     if (a.bias) bias = load_element<T>(a.bias.at(c), a.bias.dtype);
   }
   // Times [t0 - kHalo, t1 + kHalo) of a tensor's row, zeros outside the sequence.
@@ -251,6 +255,14 @@ void backward_row(const ConvArgs& a, int64_t batch, int64_t channel, T* x, T* dp
       if (a.dx) store_run<T>(a.dx.at(batch, channel, t0 + i), a.dx.dtype, count, sum);
       db += own;
       for (int j = 0; j < k.width; ++j) d[j] += own * load_part<T>(in - j * k.step, count);
+    }
+    // Nothing follows the last steps; the zeros that stand there would make NaN of an infinite tap.
+    for (int64_t t = t0; a.dx && !k.finite && t < t1; ++t) {
+      const int64_t after = a.reverse ? t : k.seqlen - 1 - t;
+      if (after >= k.width - 1) continue;
+      T sum = 0;
+      for (int j = 0; j < k.width && j <= after; ++j) sum += k.tap[j] * dpre[kHalo + t - t0 + j * k.step];
+      store_element<T>(a.dx.at(batch, channel, t), a.dx.dtype, sum);
     }
   }
   for (int j = 0; j < k.width && dweight; ++j) {

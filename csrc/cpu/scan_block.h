@@ -261,12 +261,12 @@ struct Range {
     }
     for (int i = 0; i < kLanes<T>; ++i) finite &= probe[i] == T(0);
   }
-  // Whether delta * A2 of `count` states stays where the short form of exp2 is exact.
+  // Whether delta * A2 of `count` states stays where the short form of exp2 is exact enough.
   bool is_safe(const T* A2, int count) const {
     Vec<T> bad = {};
     for (int k = 0; k < count; ++k) {
       const Vec<T> a2 = load(A2 + k * kLanes<T>), x = a2 * low, y = a2 * high;
-      const Mask<T> good = ((x < y ? x : y) > T(-65536)) & ((x < y ? y : x) < T(kExp2High));
+      const Mask<T> good = ((x < y ? x : y) > T(-65536)) & ((x < y ? y : x) <= T(0));
       bad = good ? bad : Vec<T>{} + T(1);
     }
     bool safe = finite;

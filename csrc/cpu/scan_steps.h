@@ -28,20 +28,24 @@ struct Steps {  // a run of `count` steps; pointers stand at its first one
   int64_t pitch_B, pitch_C;           // from one time step to the next, where they vary
 };
 
-// y += C h along the run; h is updated. A2 = A log2(e).
+// y += C h along the run; h is updated. A2 = A log2(e). kSafe: see exp2_product.
 template <class T, int kCount, bool kVariesB, bool kVariesC, bool kSafe>
-inline void scan_steps(const Steps<T>& s, const T* A2, T* h_io, T* y) {
+inline void scan_steps(const Steps<T>& s, const T* A, const T* A2, T* h_io, T* y) {
   constexpr int W = kLanes<T>;
   const int64_t step = s.direction * W, step_B = kVariesB ? s.direction * s.pitch_B : 0, step_C = kVariesC ? s.direction * s.pitch_C : 0;
-  Vec<T> a[kCount], h[kCount];
-  for (int k = 0; k < kCount; ++k) a[k] = load(A2 + k * W), h[k] = load(h_io + k * W);
+  Vec<T> a[kCount], low[kCount], h[kCount];
+  for (int k = 0; k < kCount; ++k) {
+    a[k] = load(A2 + k * W), h[k] = load(h_io + k * W);
+    if constexpr (!kSafe) low[k] = log2e_remainder<T>(load(A + k * W), a[k]);
+  }
   const T *u = s.u, *delta = s.delta, *B = s.B, *C = s.C;
   for (int i = 0; i < s.count; ++i) {
     const Vec<T> d = load(delta), x = d * load(u);
     Vec<T> sum = load(y);
 #pragma GCC unroll 4
     for (int k = 0; k < kCount; ++k) {
-      h[k] = exp2_product<kSafe>(d, a[k]) * h[k] + coefficient<T, kVariesB>(B, k) * x;
+      const Vec<T> decay = kSafe ? exp2_product<true>(d, a[k]) : exp2_product<false>(d, a[k], low[k]);
+      h[k] = decay * h[k] + coefficient<T, kVariesB>(B, k) * x;
       sum += coefficient<T, kVariesC>(C, k) * h[k];
     }
     store(y, sum);
@@ -53,12 +57,13 @@ inline void scan_steps(const Steps<T>& s, const T* A2, T* h_io, T* y) {
 // The same recurrence, keeping what its gradient needs: decay exp(delta A) of each step, and the state before each step (and after
 // the last). y is accumulated only where the gradient of z wants it.
 template <class T, int kCount, bool kVariesB, bool kVariesC, bool kSafe, bool kNeedY>
-inline void recompute_steps(const Steps<T>& s, const T* A2, T* h_io, T* y, T* decays, T* states) {
+inline void recompute_steps(const Steps<T>& s, const T* A, const T* A2, T* h_io, T* y, T* decays, T* states) {
   constexpr int W = kLanes<T>;
   const int64_t step = s.direction * W, step_B = kVariesB ? s.direction * s.pitch_B : 0, step_C = kVariesC ? s.direction * s.pitch_C : 0;
-  Vec<T> a[kCount], h[kCount];
+  Vec<T> a[kCount], low[kCount], h[kCount];
   for (int k = 0; k < kCount; ++k) {
     a[k] = load(A2 + k * W), h[k] = load(h_io + k * W);
+    if constexpr (!kSafe) low[k] = log2e_remainder<T>(load(A + k * W), a[k]);
     store(states + k * W, h[k]);
   }
   const T *u = s.u, *delta = s.delta, *B = s.B, *C = s.C;
@@ -68,7 +73,7 @@ inline void recompute_steps(const Steps<T>& s, const T* A2, T* h_io, T* y, T* de
     Vec<T> sum = kNeedY ? load(y) : Vec<T>{};
 #pragma GCC unroll 4
     for (int k = 0; k < kCount; ++k) {
-      const Vec<T> decay = exp2_product<kSafe>(d, a[k]);
+      const Vec<T> decay = kSafe ? exp2_product<true>(d, a[k]) : exp2_product<false>(d, a[k], low[k]);
       h[k] = decay * h[k] + coefficient<T, kVariesB>(B, k) * x;
       store(decays + k * W, decay);
       store(states + k * W, h[k]);

@@ -158,7 +158,7 @@ void backward_pass(ScanTask<T>& k, Gradients<T>& g, int d, int64_t chunk, int64_
           if (runs[r].fresh) memset(h, 0, sizeof h);
           begin[r] = done;
           recompute_steps<T, kCount, kVariesB, kVariesC, decltype(safe)::value, decltype(with_y)::value>(
-              k.steps(d, tile, t0, n, runs[r]), A2, h, k.y.at(tile, t0 + runs[r].offset), g.decays + done * kRow,
+              k.steps(d, tile, t0, n, runs[r]), A, A2, h, k.y.at(tile, t0 + runs[r].offset), g.decays + done * kRow,
               g.states + (done + r) * kRow);
           done += runs[r].count;
         }

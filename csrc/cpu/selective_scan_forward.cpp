@@ -54,12 +54,12 @@ void forward_direction(ScanTask<T>& k, int d, T* gate) {
       const Range<T> range(k.rows_delta(d).at(tile, t0), t1 - t0);
       for_states(p.dstate, [&](int64_t n, auto states) {
         constexpr int N = decltype(states)::value;
-        const T* A2 = k.state(k.A2[d], tile, n);
+        const T *A = k.state(k.A[d], tile, n), *A2 = k.state(k.A2[d], tile, n);
         T* h = k.state(k.h, tile, n);
         with_safe<T>(range.is_safe(A2, N), [&](auto safe) {
           for (int r = 0; r < count; ++r) {
             if (runs[r].fresh) memset(h, 0, sizeof(T) * W * N);
-            scan_steps<T, N, kVariesB, kVariesC, decltype(safe)::value>(k.steps(d, tile, t0, n, runs[r]), A2, h,
+            scan_steps<T, N, kVariesB, kVariesC, decltype(safe)::value>(k.steps(d, tile, t0, n, runs[r]), A, A2, h,
                                                                         k.y.at(tile, t0 + runs[r].offset));
           }
         });

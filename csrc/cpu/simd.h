@@ -141,9 +141,21 @@ inline vf exp2_split(vf t, vf, vf r) {
 }
 #endif
 
-// 2^(a b). kSafe promises that a b is within [2^-16.., kExp2High] and not NaN (the caller checked a whole chunk at once).
+// What rounding a b to `y` left over, where one instruction tells.
+inline vf product_remainder([[maybe_unused]] vf a, [[maybe_unused]] vf b, [[maybe_unused]] vf y) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmsub_ps((__m512)a, (__m512)b, (__m512)y);
+#elif defined(__AVX2__)
+  return (vf)_mm256_fmsub_ps((__m256)a, (__m256)b, (__m256)y);
+#else
+  return vf{};
+#endif
+}
+
+// 2^(a (b + b_low)). kSafe promises that a b is within [-65536, 0] and not NaN (the caller checked a whole chunk at once), and leaves
+// b_low out: below 1 the rounding of b is lost with the state that it multiplies, above it grows with it.
 template <bool kSafe>
-inline vf exp2_product(vf a, vf b) {
+inline vf exp2_product(vf a, vf b, vf b_low = vf{}) {
   const vf magic = splat(kMagic);
 #if defined(__AVX512F__)
   if constexpr (kSafe) {
@@ -155,7 +167,12 @@ inline vf exp2_product(vf a, vf b) {
   vf c = at_least(y, splat(kSafe ? kExp2Low : (kExp2Low < -200.0f ? -200.0f : kExp2Low)));
   if constexpr (!kSafe) c = at_most(c, splat(kExp2High > 200.0f ? 200.0f : kExp2High));
   const vf t = c + magic, tn = t - magic;
-  vf p = exp2_split(t, tn, c - tn);
+  vf r = c - tn;
+  if constexpr (!kSafe) {
+    const vf more = a * b_low + product_remainder(a, b, y);
+    r += select(more - more == 0.0f, more, vf{});
+  }
+  vf p = exp2_split(t, tn, r);
   if constexpr (!kSafe) {  // zero and infinity where the clamp stopped short of them
     p = select(y > 128.0f, splat(INFINITY), p);
     p = select(y < -149.0f, splat(0.0f), p);
@@ -163,10 +180,19 @@ inline vf exp2_product(vf a, vf b) {
   return p;
 }
 template <bool>
-inline vd exp2_product(vd a, vd b) {
-  vd y = a * b;
+inline vd exp2_product(vd a, vd b, vd b_low = vd{}) {
+  const vd more = a * b_low;
+  vd y = a * b + select(more - more == 0.0, more, vd{});
   for (int i = 0; i < kLanes<double>; ++i) y[i] = __builtin_exp2(y[i]);
   return y;
+}
+
+// What rounding a log2(e) to `a2` left over; 0 where that is not finite.
+template <class T>
+inline Vec<T> log2e_remainder(Vec<T> a, Vec<T> a2) {
+  Vec<T> low;
+  for (int i = 0; i < kLanes<T>; ++i) low[i] = T(double(a[i]) * 1.4426950408889634 - double(a2[i]));
+  return select(low - low == T(0), low, Vec<T>{});
 }
 
 // e^x for any x, NaN and infinities included.

@@ -188,6 +188,21 @@ def test_nonfinite_inputs(backend, reverse, bad, name, activation):
 
 @backends
 @both_directions
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(("seqlen", "width"), [(37, 4), (1025, 4), (1026, 3), (2, 4)])
+def test_an_infinite_tap_meets_no_step_behind_the_last(backend, reverse, channels_last, seqlen, width):
+    """What lies outside of the row takes no part in the gradient of x; zeros there would make it NaN."""
+    inputs = conv_inputs(1, 17, seqlen, width, channels_last=channels_last)
+    inputs["weight"][3], inputs["weight"][5, 1] = torch.inf, -torch.inf
+    expected = run(causal_conv1d_ref, inputs, reverse=reverse)["dx"]
+    got = run(causal_conv1d, inputs, reverse=reverse, backend=backend)["dx"]
+    assert expected.isinf().any() and not expected[:, 5].isnan().any()
+    assert torch.equal(got.isnan(), expected.isnan())
+    assert torch.equal(got.isinf() * got.sign(), expected.isinf() * expected.sign())
+
+
+@backends
+@both_directions
 def test_nan_does_not_cross_a_reset(backend, reverse):
     inputs = conv_inputs(1, 17, 40, 4)
     inputs["seq_idx"] = (torch.arange(40)[None] >= 20).int()

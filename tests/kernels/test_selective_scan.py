@@ -63,6 +63,17 @@ def test_optional_arguments(backend, D, z, bias, softplus):
     check(inputs, backend, return_last_state=False)
 
 
+@backends
+@both_directions
+@pytest.mark.parametrize("steps", ["negative", "of both signs"])
+def test_growing_states(backend, reverse, steps):
+    """Without softplus steps may be negative: a factor's error is then multiplied by all that follow it."""
+    inputs = [scan_inputs(2, 17, 36, 5, seed=seed, delta_bias=False, delta_softplus=False) for seed in range(10)]
+    for draw in inputs:
+        draw["delta"] = -0.4 * draw["delta"].abs() if steps == "negative" else 2 * draw["delta"]
+    check(inputs, backend, reverse=reverse)
+
+
 # 51 channels in 3 groups of 17: every group ends in a part of a vector. 20 in 20: one channel each.
 @backends
 @both_directions
