@@ -2,7 +2,7 @@
 committed; --check only says whether they agree.
 
 Every file benchmarks/results/NAME.csv that `python -m benchmarks --csv` wrote gives a part of docs/benchmarks.md and
-plots in docs/benchmarks/NAME/; cpu.csv also gives the README's tables. Text between
+plots in docs/benchmarks/NAME/, and tables in the README. Text between
 
     <!-- begin: NAME --> and <!-- end: NAME -->
 
@@ -42,7 +42,10 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path("benchmarks/results")
 DOCS = Path("docs/benchmarks.md")
 PLOTS = Path("docs/benchmarks")
-BESIDE = ("pscan", "compile", "F.conv1d", "reference", "torch", "mamba-ssm", "causal-conv1d", "flash-linear-attention")
+BESIDE = (  # the contestants in the order of the columns
+    "pscan", "compile", "F.conv1d", "reference", "torch", "triton", "cuda", "mamba-ssm", "causal-conv1d",
+    "flash-linear-attention", "ours, CUDA graph",
+)  # fmt: skip
 
 
 def results(root: Path) -> dict[str, list[dict[str, str]]]:
@@ -69,7 +72,8 @@ def speed_table(records: Records) -> str:
         cells = [against(beside[n]) if n in beside else "" for n in names]
         shares = [figure(number(r, name), "%") for name in ("percent_of_copy", "percent_of_peak")]
         what = "" if r["what"] == BOTH else f", {r['what']}"
-        lines.append([f"`{r['op']}`{what}", r["sizes"], f"{figure(number(r))} {r['unit']}", *cells, *shares])
+        own = f"{figure(number(r))} {r['unit']} ({r['backend']})"
+        lines.append([f"`{r['op']}`{what}", r["sizes"], own, *cells, *shares])
     return markdown(lines)
 
 
@@ -121,13 +125,31 @@ def goal_counts(records: Records) -> str:
     return text + ":\n\n" + "\n".join(lines)
 
 
-def readme_block(records: Records) -> str:
-    source = f"Every figure of this section is a row of `{RESULTS / 'cpu.csv'}`; medians, measured on"
+def readme_block(found: Mapping[str, Records]) -> str:
+    """The CPU's tables, then the speed on every GPU that somebody measured."""
+    parts = [cpu_block(records) if name == "cpu" else gpu_block(name, records) for name, records in found.items()]
+    return "\n\n".join(parts) or "Nothing has been measured yet."
+
+
+def gpu_block(name: str, records: Records) -> str:
+    numerics = of(records, op="numerics")
+    passed = f"{sum(number(r) == 1 for r in numerics)} of {len(numerics)} numeric checks passed there."
     parts = [
-        f"{source} {made_by(records)}",
+        f"### {records[0]['machine'].partition(' (')[0]}",
+        f"Rows of `{RESULTS / f'{name}.csv'}`, measured on {made_by(records)} {passed}",
+        speed_table(records),
+        notebook(records),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def cpu_block(records: Records) -> str:
+    parts = [
+        f"Every figure of these tables is a row of `{RESULTS / 'cpu.csv'}`; medians, measured on {made_by(records)}",
         "Forward + backward unless it says otherwise. `pscan` is the parallel scan of pure PyTorch packages, `compile` "
         "torch.compile of the reference (of a chunked loop for scans), `torch` our fallback without C++.",
         speed_table(records),
+        f"![how many times longer the others take]({PLOTS}/cpu/speed_float32.png)",
         "### Memory",
         memory_table(records),
         capacity(records)
@@ -185,11 +207,8 @@ def replaced(text: str, name: str, block: str) -> str:
 def texts(root: Path) -> dict[Path, str]:
     """What the text files have to hold."""
     found = results(root)
-    wanted = {DOCS: docs_text(found)}
-    if "cpu" in found:
-        readme = Path("README.md")
-        wanted[readme] = replaced((root / readme).read_text(encoding="utf-8"), "speed", readme_block(found["cpu"]))
-    return wanted
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    return {DOCS: docs_text(found), Path("README.md"): replaced(readme, "speed", readme_block(found))}
 
 
 def plots(root: Path) -> dict[Path, Mapping[str, Any]]:

@@ -52,7 +52,7 @@ def test_every_change_of_a_figure_is_noticed_and_mended(checkout):
     assert Path("README.md") in readme.write(checkout)
     assert readme.stale(checkout) == []
     text = (checkout / "README.md").read_text()
-    assert "| 2 ms | 20x | 0.5x | not timed | " in text
+    assert "| 2 ms (cpu) | 20x | 0.5x | not timed | " in text
     assert "compile takes 0.5 times ours" in text and "7.25" in text and "3 MB" in text
     assert "`trainer`, data loading, share of an iteration" in text and "6.5 %, wanted 5" in text
 
@@ -62,9 +62,11 @@ def test_every_change_of_a_figure_is_noticed_and_mended(checkout):
     )
     assert set(readme.stale(checkout)) == {Path("README.md"), readme.DOCS, readme.PLOTS / "cpu" / "speed_float32.png"}
     readme.write(checkout)
-    assert readme.stale(checkout) == [] and "| 2 ms | 21x |" in (checkout / "README.md").read_text()
+    assert readme.stale(checkout) == [] and "| 2 ms (cpu) | 21x |" in (checkout / "README.md").read_text()
 
-    (checkout / "README.md").write_text((checkout / "README.md").read_text().replace("| 2 ms |", "| 1 ms |"))
+    (checkout / "README.md").write_text(
+        (checkout / "README.md").read_text().replace("| 2 ms (cpu) |", "| 1 ms (cpu) |")
+    )
     assert readme.stale(checkout) == [Path("README.md")]
     readme.write(checkout)
     left = checkout / readme.PLOTS / "gone" / "speed_float32.png"
