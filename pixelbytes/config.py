@@ -41,7 +41,7 @@ class TrainConfig:
     model: str = _option("mamba", "family")
     bidirectional: bool = _option(False, "read windows both ways, one target a window (the paper's objective)")
     dim: int = _option(64, "width of the model")
-    state: int = _option(16, "state size of a Mamba channel")
+    state: int = _option(8, "state size of a Mamba channel")
     depth: int = _option(1, "layers; for mamba those between the in and out stages")
     heads: int = _option(4, "attention heads")
     embed: str = _option("pxby", "pxby: the 3x3 window; centre: its centre alone (mamba)")
@@ -53,9 +53,10 @@ class TrainConfig:
         None, "tokens in a window; default: whole rows for all, at most 1024, 256 for last"
     )
     stride: int | None = _option(None, "tokens between windows; default: seq_length for all, 32 for last")
-    batch_size: int = _option(4, "windows a step")
-    learning_rate: float = _option(6e-3, "highest learning rate (AdamW)")
+    batch_size: int = _option(2, "windows a step")
+    learning_rate: float = _option(1e-2, "highest learning rate (AdamW)")
     weight_decay: float = _option(0.01, "of AdamW")
+    beta2: float = _option(0.95, "share that AdamW's mean of squared gradients keeps a step")
     grad_clip: float = _option(1.0, "highest norm of the gradients")
     schedule: str = _option("cosine", "of the learning rate")
     epochs: int = _option(1000, "stop after this many epochs")
@@ -73,6 +74,10 @@ class TrainConfig:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for f in fields(self):
             value = getattr(self, f.name)
+            if f.name == "beta2":
+                if not 0 <= value < 1:
+                    raise ValueError(f"beta2 must lie in 0 <= beta2 < 1, got {value}")
+                continue
             at_least = {"weight_decay": 0, "workers": 0, "seed": 0, "max_minutes": 0}.get(f.name, 1)
             if f.name in ("learning_rate", "grad_clip"):
                 if not value > 0:

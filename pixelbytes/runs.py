@@ -245,6 +245,7 @@ def _trainer(
         val_dataset=datasets[1],
         seed=config.seed,
         weight_decay=config.weight_decay,
+        betas=(0.9, config.beta2),
         grad_clip=config.grad_clip,
         schedule=config.schedule,
         max_minutes=config.max_minutes or None,

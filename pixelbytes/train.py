@@ -60,7 +60,7 @@ class Trainer:
         eval_every: epochs between evaluations; the last epoch is always evaluated.
         val_dataset: what `best` is chosen on; if None, a tenth of `train_dataset` is held out for it.
         seed: of the order of the windows, of the held-out part and of torch's generator.
-        weight_decay, grad_clip: of AdamW; highest norm of the gradients, None for no clipping.
+        weight_decay, betas, grad_clip: of AdamW; highest norm of the gradients, None for no clipping.
         schedule: "constant", or "cosine" with a warm-up.
         max_minutes, max_steps: end earlier; "cosine" is then fitted to what ends first.
         amp: "off", "bf16" or "fp16" (CUDA only).
@@ -89,6 +89,7 @@ class Trainer:
         val_dataset: Dataset[Any] | None = None,
         seed: int = 0,
         weight_decay: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.999),
         grad_clip: float | None = 1.0,
         schedule: str = "constant",
         max_minutes: float | None = None,
@@ -108,6 +109,8 @@ class Trainer:
         for name, limit in (("learning_rate", learning_rate), ("max_minutes", max_minutes), ("max_steps", max_steps)):
             if limit is not None and not limit > 0:
                 raise ValueError(f"{name} must be positive, got {limit}")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must lie in 0 <= beta < 1, got {betas}")
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
         if amp not in AMP_TYPES:
@@ -139,7 +142,9 @@ class Trainer:
         self.save_dir = make_folder(run_dir or Path(save_dir) / f"{model_name}_{dataset_name}")
         self.model = model.to(self.device)
         fused = self.device.type in ("cpu", "cuda")
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=weight_decay, fused=fused)
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=fused
+        )
         self.amp_dtype = AMP_TYPES[amp]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")
         self._compiled = compile_model

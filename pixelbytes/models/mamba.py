@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pixelbytes.models.common import SequenceModel
-from pixelbytes.modules import BiMamba, Mamba, PxByEmbed
+from pixelbytes.modules import BiMamba, Mamba, PxByEmbed, RMSNorm
 from pixelbytes_kernels import MambaStep
 
 
@@ -66,7 +66,7 @@ class BysMamba(SequenceModel):
         self.in_mamba = outer(*sizes)
         self.layers = nn.ModuleList(Mamba(*sizes) for _ in range(config.depth))
         self.out_mamba = outer(*sizes)
-        self.norms = nn.ModuleList(nn.RMSNorm(config.dim) for _ in range(config.depth + 3)) if config.norm else None
+        self.norms = nn.ModuleList(RMSNorm(config.dim) for _ in range(config.depth + 3)) if config.norm else None
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
 
     @classmethod

@@ -1,6 +1,7 @@
-"""Layers: parameters and calls into pixelbytes_kernels, no mathematics of their own."""
+"""Layers: parameters, and calls into pixelbytes_kernels or torch."""
 
 from pixelbytes.modules.mamba import BiMamba, Mamba
 from pixelbytes.modules.pxby_embed import PxByEmbed
+from pixelbytes.modules.rms_norm import RMSNorm
 
-__all__ = ["BiMamba", "Mamba", "PxByEmbed"]
+__all__ = ["BiMamba", "Mamba", "PxByEmbed", "RMSNorm"]

@@ -44,6 +44,7 @@ def test_arguments(refused):
     assert "invalid choice: 'play'" in refused("play")
     assert "dim must be at least 1" in refused("train", "--dim", "0")
     assert "learning_rate must be positive" in refused("train", "--learning-rate", "-1")
+    assert "beta2 must lie in 0 <= beta2 < 1" in refused("train", "--beta2", "1")
     assert "leak" in refused("train", "--bidirectional", "--targets", "all")
     assert "device: 'tpu9' cannot be used" in refused("train", "--limit", "5", "--device", "tpu9")
     assert not Path("runs").exists()

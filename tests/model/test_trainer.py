@@ -247,6 +247,7 @@ def test_schedule():
         ({"amp": "fp16", "device": "cpu"}, "fp16 needs a CUDA device"),
         ({"amp": "int8"}, "amp must be one of"),
         ({"max_minutes": 0}, "max_minutes must be positive"),
+        ({"betas": (0.9, 1.0)}, "betas must lie in 0 <= beta < 1"),
     ],
 )
 def test_bad_settings(options, message, data, tmp_path):
