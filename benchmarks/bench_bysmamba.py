@@ -64,10 +64,10 @@ def autocast(setup: Setup) -> contextlib.AbstractContextManager[None]:
 
 
 def contestants(setup: Setup) -> list[str]:
-    """The eager loop over time is left out of a CPU: a step of it takes minutes."""
+    """Loops over time in PyTorch are left out of a CPU: a step of them takes minutes."""
     ours = list(backends(setup, "mamba_inner", make))
     slow = ["reference"] if setup.on_gpu and not setup.quick else []
-    return [c for c in ours if not (setup.quick and c == "torch")] + ["pscan", *slow]
+    return [c for c in ours if c != "torch" or (setup.on_gpu and not setup.quick)] + ["pscan", *slow]
 
 
 def gradients(model: BysMamba | plain.PlainBysMamba, weights: BysMamba, x: Tensor, target: Tensor) -> dict[str, Tensor]:

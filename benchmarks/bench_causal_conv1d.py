@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,20 @@ from torch import Tensor
 
 from benchmarks import counts, plain
 from benchmarks.contestants import auto, backends, peer_convolutions
-from benchmarks.harness import Row, Setup, measure, refusal, saved_bytes, timed_pass, value_rows
+from benchmarks.harness import (
+    OURS,
+    PEAK_OF,
+    Row,
+    Run,
+    Setup,
+    measure,
+    peak_bytes,
+    refusal,
+    saved_bytes,
+    timed_pass,
+    value_rows,
+    words,
+)
 from pixelbytes_kernels import causal_conv1d, causal_conv1d_ref
 from pixelbytes_kernels.testing import Inputs
 
@@ -68,4 +81,21 @@ def rows(setup: Setup) -> Iterator[Row]:
             yield from value_rows(setup, OP, "saved for backward", sizes, kept, unit, "weights not counted")
 
 
-PARTS = {"all": rows}
+def workload(setup: Setup, contestant: str, sizes: Mapping[str, int]) -> Run:
+    inputs = conv_inputs(setup, sizes["batch"], sizes["seqlen"], sizes["dim"], channels_last=True)
+    wanted: list[Tensor] = [t.requires_grad_() for t in inputs.values()]
+    return timed_pass(setup, functools.partial(contestants(setup)[contestant], **inputs), wanted)
+
+
+def peaks(setup: Setup) -> Iterator[Row]:
+    if setup.quick:
+        return
+    sizes = dict(zip(("batch", "seqlen", "dim"), CASES[setup.kind][2], strict=True))
+    setup.report(f"{OP} {words(sizes)}: peak memory")
+    found = {
+        c: peak_bytes(setup, OP, c, sizes, functools.partial(workload, setup, c, sizes)) for c in (OURS, "F.conv1d")
+    }
+    yield from value_rows(setup, OP, PEAK_OF[setup.kind], f"{words(sizes)} channels last", found, "bytes")
+
+
+PARTS = {"speed": rows, "peaks": peaks}

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from benchmarks import counts, plain
 from benchmarks.contestants import auto, backends
-from benchmarks.harness import Row, Setup, measure, refusal, saved_bytes, timed_pass, value_rows, words
+from benchmarks.harness import (
+    OURS,
+    PEAK_OF,
+    Row,
+    Run,
+    Setup,
+    measure,
+    peak_bytes,
+    refusal,
+    saved_bytes,
+    timed_pass,
+    value_rows,
+    words,
+)
 from pixelbytes_kernels import pxby_embed, pxby_embed_ref
 from pixelbytes_kernels.testing import embed_inputs
 
@@ -51,4 +64,22 @@ def rows(setup: Setup) -> Iterator[Row]:
         yield from value_rows(setup, OP, "saved for backward", sizes, kept, "bytes", "weights not counted")
 
 
-PARTS = {"all": rows}
+def workload(setup: Setup, contestant: str, sizes: Mapping[str, int]) -> Run:
+    shape = (sizes["batch"], sizes["seqlen"], sizes["vocab"], sizes["dim"])
+    inputs = setup.place(embed_inputs(*shape, dtype=setup.dtype))
+    weights = [t.requires_grad_() for t in inputs.values() if t is not None and t.is_floating_point()]
+    return timed_pass(setup, functools.partial(contestants(setup)[contestant], **inputs), weights)
+
+
+def peaks(setup: Setup) -> Iterator[Row]:
+    if setup.quick:
+        return
+    sizes = {"batch": 32, "seqlen": 1024, "vocab": 113, "dim": 64}
+    setup.report(f"{OP} {words(sizes)}: peak memory")
+    found = {
+        c: peak_bytes(setup, OP, c, sizes, functools.partial(workload, setup, c, sizes)) for c in (OURS, "reference")
+    }
+    yield from value_rows(setup, OP, PEAK_OF[setup.kind], words(sizes), found, "bytes")
+
+
+PARTS = {"speed": rows, "peaks": peaks}

@@ -319,10 +319,19 @@ def _stack(pyplot: Any, data: Mapping[str, Any]) -> Any:
 # ---- a folder --------------------------------------------------------------------------------------------------------
 
 
+def predicted(records: Records) -> list[tuple[str, str]]:
+    """The roofline beside what was measured, where the GPU is one that the model knows."""
+    from benchmarks import model  # which is made of this module's tables
+
+    known = [gpu for gpu in model.GPUS.values() if any(gpu.name in r["machine"] and r["commit"] for r in records)]
+    return [(f"Predicted and measured: {gpu.name}", model.table(gpu, {"": records})) for gpu in known]
+
+
 def summary(records: Records, plots: Iterable[str] = ()) -> str:
     """The whole report in Markdown."""
     parts = ["# PixelBytes kernels: benchmark report", made_by(records)]
     parts += [f"## {title}\n\n{text}" for title, text in sections(records)]
+    parts += [f"## {title}\n\n{text}" for title, text in predicted(records)]
     parts += [f"![{name}]({name})" for name in plots]
     return "\n\n".join(parts) + "\n"
 
