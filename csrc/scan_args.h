@@ -24,6 +24,7 @@ struct ScanArgs {
   ScanDirection direction[2];
   Tensor z, seq_idx;       // (batch, dim, seqlen), (batch, seqlen)
   Tensor out;              // (batch, dim, seqlen); in the backward: the output once more, or null
+  Tensor partial;          // GPU, forward, or null: what the direction that comes first leaves for the other; `out` where null
   Tensor dout, dz;         // backward only
   double scale = 1.0;      // out = scale * (sum over directions) * silu(z)
   bool delta_softplus = false;

@@ -13,9 +13,9 @@ void bind_selective_scan(py::module_& m) {
     return py::make_tuple(s.dstate_padded, s.tile_forward, s.tile_backward);
   });
   m.def("scan_forward", [](int device, uintptr_t stream, const py::list& directions, Tensor z, Tensor seq_idx, double scale,
-                           bool delta_softplus, Tensor out) {
+                           bool delta_softplus, Tensor out, Tensor partial) {
     ScanArgs a = scan_args(directions, z, seq_idx, scale, delta_softplus);
-    a.out = out;
+    a.out = out, a.partial = partial;
     run(selective_scan_forward, device, stream, a);
   });
   m.def("scan_backward", [](int device, uintptr_t stream, const py::list& directions, Tensor z, Tensor seq_idx, double scale,

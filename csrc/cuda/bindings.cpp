@@ -12,7 +12,7 @@ void bind(pybind11::module_& m);
 namespace pixelbytes::cuda {
 
 PYBIND11_MODULE(_cuda, m) {
-  learn_dtypes();
+  learn_torch();
   m.attr("archs") = PIXELBYTES_CUDA_ARCHS;
   m.def("device_count", [] {
     const char* reason = nullptr;

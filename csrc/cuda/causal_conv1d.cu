@@ -86,14 +86,22 @@ __device__ Owned owned(const Params& p) {
   return o;
 }
 
-template <int kVec, class T>
-__device__ void load_channels(const Rows<const T>& rows, int64_t b, int64_t d, int64_t t, float (&v)[kVec]) {
-  if constexpr (kVec == 1) {
-    v[0] = load_readonly(rows.at(b, d, t));
-  } else {
-    load_many_readonly<kVec>(rows.at(b, d, t), v);
+// kVec values as they lie in memory: what is loaded ahead takes no more registers than its bytes.
+template <class T, int kVec>
+struct Channels {
+  using Word = typename Packet<kVec * int(sizeof(T))>::type;
+  Word word;
+
+  __device__ void load(const Rows<const T>& rows, int64_t b, int64_t d, int64_t t) {
+    word = load_value_readonly(reinterpret_cast<const Word*>(rows.at(b, d, t)));
   }
-}
+  __device__ void unpack(float (&v)[kVec]) const {
+    union { Word word; T each[kVec]; } packet;
+    packet.word = word;
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) v[i] = to_float(packet.each[i]);
+  }
+};
 
 template <int kVec, class T>
 __device__ void store_channels(const Rows<T>& rows, int64_t b, int64_t d, int64_t t, const float (&v)[kVec]) {
@@ -126,17 +134,25 @@ __global__ void __launch_bounds__(kThreads) conv_forward_channels(const ConvPara
   for (int j = 0; j < kHalo; ++j)
 #pragma unroll
     for (int v = 0; v < kVec; ++v) past[j][v] = p.input(o.b, o.d + v, o.first - 1 - j);
-  for (int64_t t0 = o.first; t0 < o.last; t0 += kAhead) {
-    float x[kAhead][kVec];
+  Channels<T, kVec> next[kAhead];
+  const auto load_ahead = [&](int64_t t0) {
 #pragma unroll
     for (int i = 0; i < kAhead; ++i)
-      if (t0 + i < o.last) load_channels<kVec>(p.x, o.b, o.d, t0 + i, x[i]);
+      if (t0 + i < o.last) next[i].load(p.x, o.b, o.d, t0 + i);
+  };
+  load_ahead(o.first);
+  for (int64_t t0 = o.first; t0 < o.last; t0 += kAhead) {
+    Channels<T, kVec> now[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) now[i] = next[i];
+    load_ahead(t0 + kAhead);
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       if (t0 + i >= o.last) break;
-      float out[kVec];
+      float x[kVec], out[kVec];
+      now[i].unpack(x);
 #pragma unroll
-      for (int v = 0; v < kVec; ++v) out[v] = bias[v] + w[0][v] * x[i][v];
+      for (int v = 0; v < kVec; ++v) out[v] = bias[v] + w[0][v] * x[v];
       const unsigned taps = p.taps(o.b, t0 + i);
 #pragma unroll
       for (int j = 1; j < kTaps; ++j) {
@@ -147,7 +163,7 @@ __global__ void __launch_bounds__(kThreads) conv_forward_channels(const ConvPara
 #pragma unroll
       for (int v = 0; v < kVec; ++v) {
         if (p.silu) out[v] = silu(out[v]);
-        past[2][v] = past[1][v], past[1][v] = past[0][v], past[0][v] = x[i][v];
+        past[2][v] = past[1][v], past[1][v] = past[0][v], past[0][v] = x[v];
       }
       store_channels<kVec>(p.out, o.b, o.d, t0 + i, out);
     }
@@ -177,14 +193,14 @@ __global__ void __launch_bounds__(kThreads, 4) conv_backward_channels(const Conv
   for (int j = 0; j < kHalo; ++j)
 #pragma unroll
     for (int v = 0; v < kVec; ++v) past[j][v] = p.input(o.b, o.d + v, o.first - 1 - j);
-  // dx of step t needs dpre of t .. t + 3, so it is written three steps later.
+  // dx of step t needs dpre of t .. t + 3, so it is written three steps later. The next step's inputs are on their way.
+  Channels<T, kVec> next_x, next_dout;
+  next_x.load(p.x, o.b, o.d, o.first), next_dout.load(p.dout, o.b, o.d, o.first);
   for (int64_t t = o.first; t < o.last + kHalo; ++t) {
     float x[kVec] = {}, dout[kVec] = {}, pre[kVec];
     const bool inside = t < p.seqlen;
-    if (inside) {
-      load_channels<kVec>(p.x, o.b, o.d, t, x);
-      load_channels<kVec>(p.dout, o.b, o.d, t, dout);
-    }
+    if (inside) next_x.unpack(x), next_dout.unpack(dout);
+    if (t + 1 < min(o.last + kHalo, p.seqlen)) next_x.load(p.x, o.b, o.d, t + 1), next_dout.load(p.dout, o.b, o.d, t + 1);
     taps = taps << kTaps | (inside ? p.taps(o.b, t) : 0);
 #pragma unroll
     for (int v = 0; v < kVec; ++v) {

@@ -175,7 +175,11 @@ const char* launch_error(const char* kernel, dim3 grid, dim3 block, size_t share
 #ifdef PIXELBYTES_EMULATE
 template <class... Params, class... Args>
 const char* launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, const Launch&, Args... args) {
-  return launch_error(name, grid, block, shared_bytes, emulator::run(name, grid, block, shared_bytes, [&] { kernel(args...); }));
+  const auto start = [&](Params... values) {
+    const emulator::Parameter parameters[] = {{&values, sizeof values}..., {nullptr, 0}};
+    return emulator::run(name, reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, parameters, [&] { kernel(values...); });
+  };
+  return launch_error(name, grid, block, shared_bytes, start(args...));
 }
 #else
 // Makes `device` current, and what was current again.

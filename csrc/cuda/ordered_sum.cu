@@ -1,4 +1,4 @@
-// A block owns 32 columns; its 8 warps each add every 8th row, then the 8 sums are added in order. 1 KB of shared memory; deterministic.
+// A block owns 32 columns; each of its 32 warps adds every 32nd row, then the 32 sums are added in order. 4 KB of shared memory; deterministic.
 #include "ordered_sum.h"
 
 #include "device.h"
@@ -6,7 +6,7 @@
 namespace pixelbytes::cuda {
 namespace {
 
-constexpr int kColumns = 32, kWarps = 8;
+constexpr int kColumns = 32, kWarps = 32;
 
 __global__ void __launch_bounds__(kColumns * kWarps) ordered_sum_kernel(const float* partial, int64_t rows, int64_t columns, float* out) {
   PIXELBYTES_SHARED(float, sums, kColumns* kWarps);

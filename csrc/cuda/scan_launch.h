@@ -22,20 +22,37 @@ template <class C>
 using BackwardShape = Shape<C::dstate == 8 ? 2 : C::dstate == 256 ? 8 : 4, C::dstate <= 16 ? 4 : C::dstate == 256 ? 32 : C::dstate / 4,
                             C::dstate <= 32 ? 16 : C::dstate == 64 ? 8 : 4, kChunk, C::staged>;
 
-template <class F>
-auto with_case(int dstate, bool direct, F f) {
-  if (direct) return dstate <= 16 ? f(Case<16, false>{}) : dstate <= 64 ? f(Case<64, false>{}) : f(Case<256, false>{});
-  return dstate <= 8 ? f(Case<8, true>{}) : dstate <= 16 ? f(Case<16, true>{}) : dstate <= 32 ? f(Case<32, true>{}) : f(Case<64, true>{});
-}
+struct StagedCases {
+  template <class F>
+  static auto pick(int dstate, F f) {
+    return dstate <= 8 ? f(Case<8, true>{}) : dstate <= 16 ? f(Case<16, true>{}) : dstate <= 32 ? f(Case<32, true>{}) : f(Case<64, true>{});
+  }
+};
+struct DirectCases {
+  template <class F>
+  static auto pick(int dstate, F f) {
+    return dstate <= 16 ? f(Case<16, false>{}) : dstate <= 64 ? f(Case<64, false>{}) : f(Case<256, false>{});
+  }
+};
 
 inline Rows rows_of(const Tensor& t) {
   if (!t) return {};
-  return {t.data, t.dtype, t.stride[0], t.stride[1], t.stride[2]};
+  return {t.data, t.dtype, t.stride[0], t.stride[1], t.stride[2], false};
+}
+
+// Whether packets of 4 elements along the fast axis can be read at once. Tiles and chunks start at multiples of 4 where groups do.
+inline bool is_packed(const Rows& r, const ScanParams& p) {
+  const bool fits = (p.time_fast ? r.step == 1 && r.dim % 4 == 0 : r.dim == 1 && r.step % 4 == 0 && (p.dim / p.groups) % 4 == 0) && r.batch % 4 == 0;
+  return fits && reinterpret_cast<uintptr_t>(r.data) % uintptr_t(4 * item_size(r.dtype)) == 0;
+}
+inline bool is_packed(const Coefficient& c) {
+  const bool fits = c.state == 1 && c.step % 4 == 0 && c.group % 4 == 0 && c.batch % 4 == 0;
+  return fits && reinterpret_cast<uintptr_t>(c.data) % uintptr_t(4 * item_size(c.dtype)) == 0;
 }
 
 inline Coefficient coefficient_of(const Tensor& t) {
-  if (t.ndim == 2) return {t.data, t.dtype, 0, t.stride[0], 1, 0, true};
-  return {t.data, t.dtype, t.stride[0], t.stride[1], t.stride[2], t.stride[3], false};
+  if (t.ndim == 2) return {t.data, t.dtype, 0, t.stride[0], 1, 0, false, true};
+  return {t.data, t.dtype, t.stride[0], t.stride[1], t.stride[2], t.stride[3], false, false};
 }
 
 inline const float* floats(const Tensor& t) { return reinterpret_cast<const float*>(t.data); }
@@ -70,20 +87,26 @@ inline ScanParams scan_params(const ScanArgs& args) {
     d.dA = results(own.dA), d.dB = results(own.dB), d.dC = results(own.dC);
     d.dD = results(own.dD), d.ddelta_bias = results(own.ddelta_bias), d.dinitial_state = results(own.dinitial_state);
   }
-  p.z = rows_of(args.z), p.out = rows_of(args.out), p.dout = rows_of(args.dout), p.dz = rows_of(args.dz);
+  p.z = rows_of(args.z), p.out = rows_of(args.out), p.partial = args.partial ? rows_of(args.partial) : p.out;
+  p.dout = rows_of(args.dout), p.dz = rows_of(args.dz);
   p.seq_idx = reinterpret_cast<const int*>(args.seq_idx.data);
   p.scale = float(args.scale), p.softplus = args.delta_softplus;
   p.shares_u = args.directions == 2 && !args.direction[1].u, p.shares_delta = args.directions == 2 && !args.direction[1].delta;
   p.time_fast = p.direction[0].u.step == 1 && p.seqlen > 1;
   p.state_fast = p.direction[0].B.state == 1;
+  for (Rows* r : {&p.z, &p.out, &p.partial, &p.dout, &p.dz}) r->packed = is_packed(*r, p);
+  for (Direction& d : p.direction) {
+    for (Rows* r : {&d.u, &d.delta, &d.du, &d.ddelta}) r->packed = is_packed(*r, p);
+    for (Coefficient* c : {&d.B, &d.C}) c->packed = is_packed(*c);
+  }
   return p;
 }
 
 // Runs Kernel<its shape>::run(at, params, blocks) for the sizes of `args`.
-template <template <class> class Kernel, template <class> class ShapeOf>
+template <template <class> class Kernel, template <class> class ShapeOf, class Cases>
 const char* launch_scan(const Launch& at, const ScanArgs& args) {
   ScanParams p = scan_params(args);
-  return with_case(p.dstate, is_direct(args), [&](auto c) -> const char* {
+  return Cases::pick(p.dstate, [&](auto c) -> const char* {
     using S = ShapeOf<decltype(c)>;
     p.tiles = ceil_div(p.dim / p.groups, S::channels);
     const int64_t blocks = int64_t(p.batch) * p.groups * p.tiles;

@@ -27,6 +27,7 @@ struct Rows {
   char* data = nullptr;
   DType dtype = DType::none;
   int64_t batch = 0, dim = 0, step = 0;
+  bool packed = false;  // a thread's neighbouring elements lie side by side, on an aligned address: see Elements
   __host__ __device__ explicit operator bool() const { return data != nullptr; }
 };
 
@@ -35,6 +36,7 @@ struct Coefficient {
   char* data = nullptr;
   DType dtype = DType::none;
   int64_t batch = 0, group = 0, state = 0, step = 0;
+  bool packed = false;    // staged only: as Rows::packed
   bool constant = false;  // direct only: `group` counts channels
 };
 
@@ -49,7 +51,7 @@ struct Direction {
 
 struct ScanParams {
   Direction direction[2];
-  Rows z, out, dout, dz;
+  Rows z, out, partial, dout, dz;
   const int* seq_idx = nullptr;
   int directions = 1, batch = 0, dim = 0, seqlen = 0, dstate = 0;
   int groups = 1, tiles = 1;  // tiles of a group
@@ -145,30 +147,25 @@ __device__ inline float sum_to_lane(float (&v)[count], int part) {
 
 // ---- staging --------------------------------------------------------------------------------------------------------------------------
 
-// Which elements (step, channel) of a chunk belong to a thread: element i is at (step + i * step_by, channel + i * channel_by).
+// Which elements (step, channel) of a chunk a thread loads and stores: `packets` times `width` neighbours along the axis that is contiguous in
+// memory, so that a packet is one access. Element i is number i % width of packet i / width.
 template <class S>
 struct Elements {
-  int step, channel, step_by, channel_by;
+  static constexpr int width = S::elements < 4 ? S::elements : 4, packets = S::elements / width;
+  bool time_fast;
+  int step, channel;        // of element 0
+  int step_by, channel_by;  // from packet to packet
 
-  __device__ Elements(int thread, bool time_fast) {
-    step = time_fast ? thread % S::steps : thread / S::channels;
-    channel = time_fast ? thread / S::steps : thread % S::channels;
-    step_by = time_fast ? 0 : S::lanes;
-    channel_by = time_fast ? S::threads / S::steps : 0;
+  __device__ Elements(int thread, bool time_fast_) : time_fast(time_fast_) {
+    constexpr int kAcross = S::channels / width, kAlong = S::steps / width;
+    step = time_fast ? thread % kAlong * width : thread / kAcross;
+    channel = time_fast ? thread / kAlong : thread % kAcross * width;
+    step_by = time_fast ? 0 : S::threads / kAcross;
+    channel_by = time_fast ? S::threads / kAlong : 0;
   }
-  // How many of this thread's elements the tile and the chunk have: the first so many.
-  __device__ int count(const Tile& tile, const Chunk& chunk) const {
-    if (step >= chunk.count || channel >= tile.count) return 0;
-    return channel_by ? ceil_div(tile.count - channel, channel_by) : ceil_div(chunk.count - step, step_by);
-  }
-  __device__ int slot(int i) const { return (step + i * step_by) * S::pitch + channel + i * channel_by; }
-
-  __device__ int channel_of(int i) const { return channel + i * channel_by; }
-
-  __device__ int64_t offset(const Rows& rows, const Tile& tile, const Chunk& chunk) const {
-    return tile.batch * rows.batch + (tile.first + channel) * rows.dim + (chunk.first + step) * rows.step;
-  }
-  __device__ int64_t stride(const Rows& rows) const { return step_by * rows.step + channel_by * rows.dim; }
+  __device__ int step_of(int i) const { return step + i / width * step_by + (time_fast ? i % width : 0); }
+  __device__ int channel_of(int i) const { return channel + i / width * channel_by + (time_fast ? 0 : i % width); }
+  __device__ int slot(int i) const { return step_of(i) * S::pitch + channel_of(i); }
 
   // Zeros where the tile or the chunk has no such element.
   __device__ void load(const Rows& rows, const Tile& tile, const Chunk& chunk, float (&v)[S::elements]) const {
@@ -183,37 +180,78 @@ struct Elements {
   }
 
  private:
+  static __device__ bool is_whole(const Tile& tile, const Chunk& chunk) { return tile.count == S::channels && chunk.count == S::steps; }
+
+  template <class T>
+  __device__ T* place(const Rows& rows, const Tile& tile, const Chunk& chunk) const {
+    return reinterpret_cast<T*>(rows.data) + tile.batch * rows.batch + (tile.first + channel) * rows.dim + (chunk.first + step) * rows.step;
+  }
+
   template <class T>
   __device__ void load_as(const Rows& rows, const Tile& tile, const Chunk& chunk, float (&v)[S::elements]) const {
-    const T* p = reinterpret_cast<const T*>(rows.data) + offset(rows, tile, chunk);
-    const int64_t by = stride(rows);
-    const int held = count(tile, chunk);
+    const T* p = place<T>(rows, tile, chunk);
+    const int64_t by = step_by * rows.step + channel_by * rows.dim;
+    if (rows.packed && is_whole(tile, chunk)) {
 #pragma unroll
-    for (int i = 0; i < S::elements; ++i, p += by) v[i] = i < held ? cuda::load(p) : 0.0f;
+      for (int i = 0; i < packets; ++i, p += by) {
+        float packet[width];
+        load_many<width>(p, packet);
+#pragma unroll
+        for (int k = 0; k < width; ++k) v[i * width + k] = packet[k];
+      }
+      return;
+    }
+    const int64_t next = time_fast ? rows.step : rows.dim;
+#pragma unroll
+    for (int i = 0; i < packets; ++i, p += by) {
+#pragma unroll
+      for (int k = 0; k < width; ++k) {
+        const int n = i * width + k;
+        v[n] = step_of(n) < chunk.count && channel_of(n) < tile.count ? cuda::load(p + k * next) : 0.0f;
+      }
+    }
   }
+
   template <class T>
   __device__ void store_as(const Rows& rows, const Tile& tile, const Chunk& chunk, const float (&v)[S::elements]) const {
-    T* p = reinterpret_cast<T*>(rows.data) + offset(rows, tile, chunk);
-    const int64_t by = stride(rows);
-    const int held = count(tile, chunk);
+    T* p = place<T>(rows, tile, chunk);
+    const int64_t by = step_by * rows.step + channel_by * rows.dim;
+    if (rows.packed && is_whole(tile, chunk)) {
 #pragma unroll
-    for (int i = 0; i < S::elements; ++i, p += by)
-      if (i < held) cuda::store(p, v[i]);
+      for (int i = 0; i < packets; ++i, p += by) {
+        float packet[width];
+#pragma unroll
+        for (int k = 0; k < width; ++k) packet[k] = v[i * width + k];
+        store_many<width>(p, packet);
+      }
+      return;
+    }
+    const int64_t next = time_fast ? rows.step : rows.dim;
+#pragma unroll
+    for (int i = 0; i < packets; ++i, p += by) {
+#pragma unroll
+      for (int k = 0; k < width; ++k) {
+        const int n = i * width + k;
+        if (step_of(n) < chunk.count && channel_of(n) < tile.count) cuda::store(p + k * next, v[n]);
+      }
+    }
   }
 };
 
-// Which elements (step, state) of a staged chunk of B or C belong to a thread.
+// The same for a staged chunk of B or C: elements (step, state). A packet lies along the states, whichever axis the threads follow.
 template <class S>
 struct CoefficientElements {
-  static constexpr int count = S::staged ? S::steps * S::dstate / S::threads : 1;
-  static_assert(!S::staged || (S::threads % S::dstate == 0 && S::threads % S::steps == 0));
+  static constexpr int count = S::staged ? S::steps * S::dstate / S::threads : 1, width = count < 4 ? count : 4, packets = count / width;
+  static_assert(!S::staged || S::dstate % width == 0);
   int step, state, step_by, state_by;
 
   __device__ CoefficientElements(int thread, bool state_fast) {
-    step = state_fast ? thread / S::dstate : thread % S::steps;
-    state = state_fast ? thread % S::dstate : thread / S::steps;
-    step_by = state_fast ? S::threads / S::dstate : 0;
-    state_by = state_fast ? 0 : S::threads / S::steps;
+    constexpr int kAcross = S::dstate / width;
+    step = state_fast ? thread / kAcross : thread % S::steps;
+    state = state_fast ? thread % kAcross * width : thread / S::steps * width;
+    step_by = state_fast ? S::threads / kAcross : 0;
+    state_by = state_fast ? 0 : S::threads / S::steps * width;
+    if (state_fast && S::threads < kAcross) step_by = 0, state_by = S::threads * width;
   }
 
   // Zeros beyond the chunk and beyond dstate.
@@ -228,7 +266,13 @@ struct CoefficientElements {
     float* to = rows + step * S::row + state;
     const int by = step_by * S::row + state_by;
 #pragma unroll
-    for (int i = 0; i < count; ++i, to += by) *to = v[i];
+    for (int i = 0; i < packets; ++i, to += by) {
+      if constexpr (width == 4)
+        *reinterpret_cast<float4*>(to) = make_float4(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]);
+      else
+#pragma unroll
+        for (int k = 0; k < width; ++k) to[k] = v[i * width + k];
+    }
   }
 
  private:
@@ -237,11 +281,24 @@ struct CoefficientElements {
     const T* p = reinterpret_cast<const T*>(from.data) + tile.batch * from.batch + tile.group * from.group +
                  (chunk.first + step) * from.step + state * from.state;
     const int64_t by = step_by * from.step + state_by * from.state;
-    int held = 0;
-    if (step < chunk.count && state < dstate)
-      held = state_by ? ceil_div(dstate - state, state_by) : ceil_div(chunk.count - step, step_by);
+    if (from.packed && chunk.count == S::steps && dstate == S::dstate) {
 #pragma unroll
-    for (int i = 0; i < count; ++i, p += by) v[i] = i < held ? cuda::load_readonly(p) : 0.0f;
+      for (int i = 0; i < packets; ++i, p += by) {
+        float packet[width];
+        load_many_readonly<width>(p, packet);
+#pragma unroll
+        for (int k = 0; k < width; ++k) v[i * width + k] = packet[k];
+      }
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < packets; ++i, p += by) {
+#pragma unroll
+      for (int k = 0; k < width; ++k) {
+        const bool real = step + i * step_by < chunk.count && state + i * state_by + k < dstate;
+        v[i * width + k] = real ? cuda::load_readonly(p + k * from.state) : 0.0f;
+      }
+    }
   }
 };
 

@@ -25,5 +25,6 @@ ScanShape scan_shape(int dstate, bool direct);
 // (batch, dim). Of two directions that share du, ddelta, the second has none.
 const char* selective_scan_forward(const Launch& at, const ScanArgs& args);
 const char* selective_scan_backward(const Launch& at, const ScanArgs& args);
+const char* selective_scan_backward_direct(const Launch& at, const ScanArgs& args);  // its part where is_direct
 
 }  // namespace pixelbytes::cuda

@@ -1,6 +1,6 @@
 // The scan's forward.
 //
-// A block: see scan_tile.h. Shared memory per direction: a plane (step, channel) of (step size, u) pairs, where y replaces u, and the
+// A block: see scan_tile.h. Shared memory per direction: a plane (step, channel) of the pairs (dt, dt u), where y replaces the second, and the
 // staged B and C of the chunk: 16 * 17 * 8 + 16 * 36 * 4 + 128 = 4,608 bytes at dstate 16. Deterministic: fixed order of all sums.
 #include "scan_launch.h"
 #include "scan_tile.h"
@@ -15,6 +15,50 @@ struct alignas(16) SharedForward {
   float D[S::channels], delta_bias[S::channels];
   unsigned resets;
 };
+
+// Scans one chunk upwards (by = 1) or downwards (-1); `plane` belongs to the thread's channel.
+template <class S, int by>
+__device__ inline void scan_chunk(const Coefficients<S>& coefficients, const Chunk& chunk, unsigned resets, int part, float2* plane,
+                                  const float (&A)[S::states], float (&h)[S::states]) {
+  // y of one step, this thread's states only
+  const auto step = [&](int k, float2 in) {
+    float B[S::states], C[S::states], y = 0.0f;
+    coefficients.read_B(chunk, k, B);
+    coefficients.read_C(chunk, k, C);
+#pragma unroll
+    for (int i = 0; i < S::states; ++i) {
+      h[i] = fmaf(exp2_fast(in.x * A[i]), h[i], in.y * B[i]);
+      y = fmaf(C[i], h[i], y);
+    }
+    return y;
+  };
+  // Four steps share one sum over lanes, where registers allow; where the state restarts, steps are taken one by one.
+  constexpr bool kTogether = S::staged && S::states <= 4;
+  const int quick = kTogether && !resets ? chunk.count / 4 * 4 : 0;
+  int k = by > 0 ? 0 : chunk.count - 1;
+  if constexpr (kTogether) {
+#pragma unroll 1
+    for (int left = quick; left; k += 4 * by, left -= 4) {
+      float2 in[4];
+      float y[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) in[j] = plane[(k + j * by) * S::pitch];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) y[j] = step(k + j * by, in[j]);
+      const float sum = sum_to_lane<S::lanes>(y, part);
+      if (part < 4) plane[(k + part * by) * S::pitch].y = sum;
+    }
+  }
+#pragma unroll 1
+  for (int done = quick; done < chunk.count; ++done, k += by) {
+    if (resets >> k & 1) {
+#pragma unroll
+      for (int i = 0; i < S::states; ++i) h[i] = 0.0f;
+    }
+    const float sum = sum_of_lanes<S::lanes>(step(k, plane[k * S::pitch]));
+    if (part == 0) plane[k * S::pitch].y = sum;
+  }
+}
 
 template <class S>
 __global__ void __launch_bounds__(2 * S::threads, (S::staged && S::states <= 4 ? 512 : S::staged ? 384 : 256) / (2 * S::threads)) scan_forward(const __grid_constant__ ScanParams p) {
@@ -77,7 +121,7 @@ __global__ void __launch_bounds__(2 * S::threads, (S::staged && S::states <= 4 ?
       for (int i = 0; i < S::elements; ++i) delta[i] = softplus(delta[i]);
     }
 #pragma unroll
-    for (int i = 0; i < S::elements; ++i) own.steps[elements.slot(i)] = make_float2(delta[i], u[i]);
+    for (int i = 0; i < S::elements; ++i) own.steps[elements.slot(i)] = make_float2(delta[i], delta[i] * u[i]);
     if constexpr (S::staged) {
       coefficient_elements.put(own.rows, B);
       coefficient_elements.put(own.rows + S::dstate, C);
@@ -89,7 +133,7 @@ __global__ void __launch_bounds__(2 * S::threads, (S::staged && S::states <= 4 ?
     __syncthreads();
     // What the end of this chunk and the start of the next need is on its way while the chunk is scanned.
     if (p.z && !comes_first) elements.load(p.z, tile, chunk, z);
-    if (adds) elements.load(p.out, tile, chunk, partial);
+    if (adds) elements.load(p.partial, tile, chunk, partial);
     if (visit + 1 < chunks) {
       elements.load(d.u, tile, chunk_at(visit + 1), u);
       elements.load(d.delta, tile, chunk_at(visit + 1), delta);
@@ -104,47 +148,11 @@ __global__ void __launch_bounds__(2 * S::threads, (S::staged && S::states <= 4 ?
         store_many<S::states>(stored, h);
     }
 
-    const int start = reverse ? chunk.count - 1 : 0, by = reverse ? -1 : 1;
     const unsigned resets = own.resets;
-    float2* const plane = own.steps + channel;
-    // y of one step, this thread's states only
-    const auto step = [&](int k, float2 in) {
-      float Bk[S::states], Ck[S::states], y = 0.0f;
-      coefficients.read_B(chunk, k, Bk);
-      coefficients.read_C(chunk, k, Ck);
-      const float v = in.x * in.y;
-#pragma unroll
-      for (int i = 0; i < S::states; ++i) {
-        h[i] = fmaf(exp2_fast(in.x * A[i]), h[i], v * Bk[i]);
-        y = fmaf(Ck[i], h[i], y);
-      }
-      return y;
-    };
-    constexpr bool kTogether = S::staged && S::states <= 4;
-    // Four steps share one sum over lanes, where registers allow; where the state restarts, steps are taken one by one.
-    const int quick = kTogether && !resets ? chunk.count / 4 * 4 : 0;
-    if constexpr (kTogether) {
-      for (int k = start, left = quick; left; k += 4 * by, left -= 4) {
-        float2 in[4];
-        float y[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) in[j] = plane[(k + j * by) * S::pitch];
-#pragma unroll
-        for (int j = 0; j < 4; ++j) y[j] = step(k + j * by, in[j]);
-        const float sum = sum_to_lane<S::lanes>(y, part);
-        if (part < 4) plane[(k + part * by) * S::pitch].y = sum;
-      }
-    }
-#pragma unroll 1
-    for (int done = quick; done < chunk.count; ++done) {
-      const int k = start + done * by;
-      if (resets >> k & 1) {
-#pragma unroll
-        for (int i = 0; i < S::states; ++i) h[i] = 0.0f;
-      }
-      const float sum = sum_of_lanes<S::lanes>(step(k, plane[k * S::pitch]));
-      if (part == 0) plane[k * S::pitch].y = sum;
-    }
+    if (reverse)
+      scan_chunk<S, -1>(coefficients, chunk, resets, part, own.steps + channel, A, h);
+    else
+      scan_chunk<S, 1>(coefficients, chunk, resets, part, own.steps + channel, A, h);
     __syncthreads();
 
     if (meets) {  // the other direction's skip is in other threads: put it where both can read it
@@ -163,7 +171,7 @@ __global__ void __launch_bounds__(2 * S::threads, (S::staged && S::states <= 4 ?
         y[i] *= p.scale;
         if (p.z) y[i] *= z[i] * sigmoid(z[i]);
       }
-      elements.store(p.out, tile, chunk, y);
+      elements.store(comes_first ? p.partial : p.out, tile, chunk, y);
     }
     __syncthreads();
   }
@@ -188,11 +196,12 @@ struct Forward {
 }  // namespace
 
 ScanShape scan_shape(int dstate, bool direct) {
-  return with_case(dstate, direct || dstate > kDirectDstate, [](auto c) {
-    return ScanShape{c.dstate, ForwardShape<decltype(c)>::channels, BackwardShape<decltype(c)>::channels};
-  });
+  const auto shape = [](auto c) { return ScanShape{c.dstate, ForwardShape<decltype(c)>::channels, BackwardShape<decltype(c)>::channels}; };
+  return direct || dstate > kDirectDstate ? DirectCases::pick(dstate, shape) : StagedCases::pick(dstate, shape);
 }
 
-const char* selective_scan_forward(const Launch& at, const ScanArgs& args) { return launch_scan<Forward, ForwardShape>(at, args); }
+const char* selective_scan_forward(const Launch& at, const ScanArgs& args) {
+  return is_direct(args) ? launch_scan<Forward, ForwardShape, DirectCases>(at, args) : launch_scan<Forward, ForwardShape, StagedCases>(at, args);
+}
 
 }  // namespace pixelbytes::cuda

@@ -238,7 +238,7 @@ def step(op, backend, leaves):
     """Output and gradients."""
     out = op(**leaves, backend=backend)
     wanted = [v for v in leaves.values() if isinstance(v, torch.Tensor) and v.requires_grad]
-    return [out, *torch.autograd.grad(out.float().square().sum(), wanted)]
+    return [out, *torch.autograd.grad(out.float().square().mean(), wanted)]
 
 
 @backends

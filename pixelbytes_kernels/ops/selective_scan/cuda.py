@@ -70,7 +70,10 @@ def forward(
         (d.reverse, *d.tensors, last_state if i == 0 else None, states[i] if keep else None)
         for i, d in enumerate(as_read(directions, direct, cuda.scan_shape(first.A.shape[1], direct)[0]))
     ]
-    cuda.scan_forward(*where(u), packed, z, as_int32(seq_idx), options.scale, options.delta_softplus, out)
+    # The direction that comes first to a chunk leaves its share in `out`, unless that would round it more than once.
+    rounds = len(directions) == 2 and out.dtype.itemsize < u.dtype.itemsize
+    partial = torch.empty_like(out, dtype=torch.float32) if rounds else None
+    cuda.scan_forward(*where(u), packed, z, as_int32(seq_idx), options.scale, options.delta_softplus, out, partial)
     return out, last_state, states
 
 
