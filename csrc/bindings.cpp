@@ -191,7 +191,7 @@ class StepPlan {
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
-  learn_dtypes();
+  learn_torch();
   m.attr("isa") = best_kernels().name;
   m.attr("lanes") = best_kernels().lanes;
   m.attr("chunk") = best_kernels().chunk;

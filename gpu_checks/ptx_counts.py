@@ -19,7 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pixelbytes_kernels import bidirectional_selective_scan_ref, selective_scan_ref
+from pixelbytes_kernels import (
+    bidirectional_selective_scan,
+    bidirectional_selective_scan_ref,
+    selective_scan,
+    selective_scan_ref,
+)
 from pixelbytes_kernels.testing import assert_matches, scan_inputs
 
 DTYPES = {torch.bfloat16: torch.int16}  # of those that numpy lacks, one as wide
@@ -71,7 +76,7 @@ class Runner:
         sys.path.insert(0, str(folder))
         import run_ptx
 
-        self.run_ptx, self.order, self.counts = run_ptx.run_ptx, order, []
+        self.folder, self.run_ptx, self.order, self.counts = folder, run_ptx.run_ptx, order, []
 
     def __call__(
         self, ptx: str, kernel: str, arguments: list[Any], grid: tuple[int, ...], threads: int, shared: int
@@ -141,7 +146,32 @@ def triton_scan(runner: Runner, directions: int) -> Callable[..., Any]:
     return op
 
 
-SOURCES: dict[str, Callable[[Runner, int], Callable[..., Any]]] = {"triton": triton_scan}
+# ---- CUDA C++ -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def cuda_launches(runner: Runner) -> Iterator[None]:
+    """Every CUDA launch is compiled for sm_75 and run."""
+    from gpu_checks import cuda_ptx
+
+    def record(name: str, stats: dict[str, Any]) -> None:
+        atomics = sum(n for op, n in stats["by_op"].items() if op.startswith(("atom", "red")))
+        runner.counts.append(Count(name, stats["thread_insn"], stats["global_read"], stats["global_written"], atomics))
+
+    with cuda_ptx.cuda_launches(runner.folder, runner.order, record):
+        yield
+
+
+def cuda_scan(runner: Runner, directions: int) -> Callable[..., Any]:
+    op = bidirectional_selective_scan if directions == 2 else selective_scan
+    return lambda **kw: op(**kw, backend="cuda")
+
+
+SOURCES: dict[str, Callable[[Runner, int], Callable[..., Any]]] = {"cuda": cuda_scan, "triton": triton_scan}
+LAUNCHES: dict[str, Callable[[Runner], contextlib.AbstractContextManager[None]]] = {
+    "cuda": cuda_launches,
+    "triton": triton_launches,
+}
 
 # ---- what is counted -----------------------------------------------------------------------------
 
@@ -162,9 +192,7 @@ def measure(
     runner.counts.clear()
     reference = bidirectional_selective_scan_ref if directions == 2 else selective_scan_ref
     op = SOURCES[source](runner, directions)
-    backward = contextlib.ExitStack()
-    with backward:
-        backward.enter_context(triton_launches(runner))
+    with LAUNCHES[source](runner):
         assert_matches(op, reference, inputs)
     rows = []
     for way in ("forward", "backward"):

@@ -21,7 +21,7 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "build_tools"))
 
-from kernels_build import Job, compile_all, find_cxx, link_command, run_tool  # noqa: E402
+from kernels_build import BuildError, Job, compile_all, find_cxx, link_command, run_tool  # noqa: E402
 
 FLAGS = [
     "-O2",
@@ -70,13 +70,23 @@ def build_emulated(folder: Path | None = None) -> Path:
 
 @functools.cache
 def load_emulated() -> ModuleType:
-    """The module, to be put in the place of `pixelbytes_kernels._cuda`."""
-    path = build_emulated()
+    """The module, to be put in the place of `pixelbytes_kernels._cuda`. A build that failed is not tried again by this process."""
+    path = built_once()
+    if isinstance(path, BuildError):
+        raise path
     spec = importlib.util.spec_from_file_location("pixelbytes_kernels._cuda", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@functools.cache
+def built_once() -> Path | BuildError:
+    try:
+        return build_emulated()
+    except BuildError as error:
+        return error
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 // The emulator's run time: fibers, barriers, guarded memory, counts. One call at a time.
 #include "emulator.h"
 
+#include <dlfcn.h>
 #include <pybind11/pybind11.h>
 #include <setjmp.h>
 #include <signal.h>
@@ -334,12 +335,39 @@ void run_grid() {
 
 }  // namespace
 
-const char* run(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
+namespace py = pybind11;
+
+namespace {
+
+py::object* g_handler;  // gets every launch in the place of the fibers; see bind()
+
+const char* hand_over(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, const Parameter* parameters) {
+  const py::gil_scoped_acquire acquire;
+  Dl_info where{};
+  dladdr(kernel, &where);
+  py::list values, regions;
+  for (; parameters->bytes; ++parameters) values.append(py::bytes(static_cast<const char*>(parameters->value), parameters->bytes));
+  for (const Region& r : g_regions) regions.append(py::make_tuple(reinterpret_cast<uintptr_t>(r.begin), r.end - r.begin));
+  try {
+    (*g_handler)(name, reinterpret_cast<uintptr_t>(kernel) - reinterpret_cast<uintptr_t>(where.dli_fbase), py::make_tuple(grid.x, grid.y, grid.z),
+                 py::make_tuple(block.x, block.y, block.z), shared_bytes, values, regions);
+  } catch (py::error_already_set& error) {
+    g_error = error.what();
+    return g_error.c_str();
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+const char* run(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, const Parameter* parameters,
+                const std::function<void()>& body) {
   const size_t threads = size_t(block.x) * block.y * block.z;
   if (threads == 0 || threads > kMaxThreads || block.z > 64) return "invalid block size";
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) return "invalid grid size";
   if (shared_bytes > kMaxShared) return "more shared memory than sm_75 has";
-  g_kernel = name, g_error.clear(), g_body = &kernel;
+  if (g_handler) return hand_over(name, kernel, grid, block, shared_bytes, parameters);
+  g_kernel = name, g_error.clear(), g_body = &body;
   grid_size = grid, block_size = block, g_dynamic_bytes = shared_bytes;
   g_static.clear(), g_static_used = 0;
   g_threads.resize(threads);
@@ -464,8 +492,6 @@ void configure(Order order, uint64_t seed, bool at_end) {
   g_random = seed * 0x9e3779b97f4a7c15u + 1;
 }
 
-namespace py = pybind11;
-
 void bind(py::module_& m) {
   m.attr("emulated") = true;
   m.def("emulator_configure", [](const std::string& order, uint64_t seed, bool at_end) {
@@ -481,6 +507,11 @@ void bind(py::module_& m) {
     }
     return rows;
   }, "Rows (kernel, shape of a tensor, bytes an element, bytes read, bytes written).");
+  m.def("emulator_handler", [](const py::object& handler) {
+    delete g_handler;
+    g_handler = handler.is_none() ? nullptr : new py::object(handler);
+  }, "handler(name, offset of the kernel in this file, grid, block, shared bytes, parameters as bytes, [(address, bytes) of each tensor])"
+     " gets every launch from now on, in the place of the fibers; None: no longer.");
   m.def("emulator_launches", [] {
     py::dict launches;
     for (const auto& [name, count] : g_launches) launches[py::str(name)] = count;

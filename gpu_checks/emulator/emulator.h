@@ -46,8 +46,13 @@ extern dim3 block_size, grid_size;
 
 // ---- for device.h and python_tensor.h ----
 
-// Runs a kernel on every thread of every block; nullptr, or what went wrong.
-const char* run(const char* name, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
+struct Parameter {
+  const void* value;
+  size_t bytes;
+};
+// Runs a kernel on every thread of every block; nullptr, or what went wrong. `kernel`: its address; `parameters`: up to one of no bytes.
+const char* run(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, const Parameter* parameters,
+                const std::function<void()>& body);
 void check_read(const void* p, size_t bytes);
 void check_read_only(const void* p, size_t bytes);
 void check_write(const void* p, size_t bytes);
