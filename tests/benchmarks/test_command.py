@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -61,11 +62,22 @@ def test_parts_are_merged_into_one_file(tiny, tmp_path, capsys):
     }
     assert windows[OURS] > windows["reference"] > 0
     of_trainer = [r for r in both if r["op"] == "trainer"]
-    shares = sum(float(r["value"]) for r in of_trainer if r["unit"] == "%")
-    assert 90 < shares < 110  # medians of shares that add up to 100 in each iteration
+    assert {r["what"].split(",")[0] for r in of_trainer if r["unit"] == "%"} == set(bench_trainer.SHARES)
     assert any(r["contestant"] == OURS and float(r["value"]) > 0 for r in of_trainer if r["unit"] == "it/s")
     assert (folder / "summary.md").read_text().startswith("# PixelBytes kernels")
     assert "goals" in capsys.readouterr().out
+
+
+def test_parts_of_an_iteration_add_up_to_it(tiny, tmp_path):
+    profile = bench_trainer.Profile(bench_trainer.make_trainer(Setup(), "SimpleSeqModel", str(tmp_path)), "cpu")
+    start = time.perf_counter()
+    profile.watch(3)
+    whole = time.perf_counter() - start
+    seconds = profile.seconds
+    assert {part: len(taken) for part, taken in seconds.items()} == dict.fromkeys(bench_trainer.SHARES, 4)
+    assert all(s >= 0 for taken in seconds.values() for s in taken)
+    assert 0 < sum(map(sum, seconds.values())) <= whole  # what is left over made the loader
+    assert min(sum(seconds[part]) for part in ("data loading", "forward", "backward", "optimiser")) > 0
 
 
 def test_an_op_that_fails_is_a_row_and_the_next_one_goes_on(tiny, tmp_path, monkeypatch, capsys):
