@@ -124,12 +124,13 @@ def test_nan_shows(form, name):
         assert torch.equal(got["out0"].isnan(), expected["out0"].isnan())
 
 
-# Runs of 64 entries: keys within one run, over several, a run with many keys, unknown keys, a key that every row has.
+# Runs of 64 entries: keys within one run, over several, up to the end of one, a run with many keys, unknown keys, a key of every row.
 @pytest.mark.parametrize("whole", [True, False])
 def test_sums_by_key(whole):
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(150, 20, generator=generator)
-    cells = [torch.full((150,), 4), torch.randint(5, 9, (150,), generator=generator), torch.arange(150) % 40 + 9]
+    cells = [torch.full((150,), 4), torch.randint(6, 9, (150,), generator=generator), torch.arange(150) % 40 + 9]
+    cells[1][:42] = 5  # up to entry 192, where the first cell is whole
     keys = torch.cat([*cells, torch.full((150,), 50)]).to(torch.int16)
     keys[[3, 200, 390]] = 50
     if whole:
