@@ -57,7 +57,7 @@ class TrainConfig:
     learning_rate: float = _option(1e-2, "highest learning rate (AdamW)")
     weight_decay: float = _option(0.01, "of AdamW")
     beta2: float = _option(0.95, "share that AdamW's mean of squared gradients keeps a step")
-    grad_clip: float = _option(1.0, "highest norm of the gradients")
+    grad_clip: float = _option(0.3, "highest norm of the gradients")
     schedule: str = _option("cosine", "of the learning rate")
     epochs: int = _option(1000, "stop after this many epochs")
     max_minutes: float | None = _option(4.0, "stop after this many minutes of training; 0: no limit")
