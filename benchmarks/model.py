@@ -15,7 +15,7 @@ import argparse
 import csv
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,8 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """Per (batch, seqlen, dim): DRAM bytes of the dim-sized tensors in float32, thread instructions, and exponentials a
-    state; `longest`: the seqlen up to which it holds.
+    """Per (batch, seqlen, dim): DRAM bytes of the dim-sized tensors in float32, thread instructions; how often a pass takes
+    each exponential.
     """
 
     backend: str
@@ -58,22 +58,20 @@ class Plan:
     part: str
     bytes: float
     instructions: float
-    exps: float = 1.0  # a state update
-    longest: int = 1 << 62
+    exps: float = 1.0
     source: str = "plan"
 
 
 # Bytes: which tensors a pass reads and writes. One direction: u, delta, z -> out is 16; with dout and three gradients 28.
-# Both directions with the row on chip the same; in two passes over time 32 and 60. Instructions: issue slots of a
-# warp-step at N = 16, counted in the compiled kernels (Triton 204 and 660, CUDA C++ 129 and 611 a direction).
-# A pair of mamba_ssm's scans with flips, as Vision Mamba runs them, moves 84 and 192 bytes and spends 1,236 and 2,546.
+# Both directions in two passes over time, the second adding to what the first wrote: 32 and 60. Instructions: issue slots
+# of a warp-step at N = 16, counted in first kernels (Triton 204 and 660, CUDA C++ 129 and 611 a direction); of convolution
+# and embedding an estimate. A pair of mamba_ssm's scans with flips, as Vision Mamba runs them, moves 84 and 192 bytes and
+# spends 1,236 and 2,546.
 PLANS = (
     Plan("cuda", "selective_scan", "forward", 16, 129),
     Plan("cuda", "selective_scan", "backward", 28, 611, 2),
     Plan("triton", "selective_scan", "forward", 16, 204),
     Plan("triton", "selective_scan", "backward", 28, 660, 2),
-    Plan("cuda", "bidirectional_selective_scan", "forward", 16, 258, longest=256),
-    Plan("cuda", "bidirectional_selective_scan", "backward", 28, 1222, 2, longest=256),
     Plan("cuda", "bidirectional_selective_scan", "forward", 32, 258),
     Plan("cuda", "bidirectional_selective_scan", "backward", 60, 1222, 2),
     Plan("triton", "bidirectional_selective_scan", "forward", 32, 408),
@@ -118,31 +116,30 @@ def counted(path: Path = COUNTED) -> list[dict[str, str]]:
 
 
 def plan_for(backend: str, op: str, part: str, seqlen: int, dtype: str, found: list[dict[str, str]]) -> Plan | None:
-    """What was counted at the longest length up to `seqlen`, else the plan; bytes are those of `dtype`."""
-    fitting = [
-        row
-        for row in found
-        if (row["backend"], row["op"], row["part"], row["dtype"]) == (backend, op, part, dtype)
-        and int(row["dstate"]) in (0, DSTATE)
-        and int(row["seqlen"]) <= seqlen
-    ]
-    plans = [p for p in PLANS if (p.backend, p.op, p.part) == (backend, op, part) and seqlen <= p.longest]
-    exps = plans[0].exps if plans else 1.0
-    if fitting:
-        row = max(fitting, key=lambda r: int(r["seqlen"]))
-        return Plan(backend, op, part, float(row["bytes"]), float(row["instructions"]), exps, source="counted")
-    if not plans:
+    """The plan, with what was counted in its place; bytes are those of `dtype`.
+
+    Of counts at several lengths the longest up to `seqlen` is taken, else the shortest; an empty cell leaves the plan's.
+    """
+    plan = next((p for p in PLANS if (p.backend, p.op, p.part) == (backend, op, part)), None)
+    if plan is None:
         return None
-    share = 0.5 if dtype == "float16" else 1.0
-    p = plans[0]
-    return Plan(backend, op, part, p.bytes * share, p.instructions, exps, source=p.source)
+    plan = replace(plan, bytes=plan.bytes * (0.5 if dtype == "float16" else 1.0))
+    key = (backend, op, part, dtype)
+    rows = [
+        r for r in found if (r["backend"], r["op"], r["part"], r["dtype"]) == key and int(r["dstate"]) in (0, DSTATE)
+    ]
+    if not rows:
+        return plan
+    row = min(rows, key=lambda r: (int(r["seqlen"]) > seqlen, abs(int(r["seqlen"]) - seqlen)))
+    counted_here: dict[str, Any] = {name: float(row[name]) for name in ("bytes", "instructions") if row[name]}
+    source = {0: "plan", 1: f"{', '.join(counted_here)} counted", 2: "counted"}[len(counted_here)]
+    return replace(plan, **counted_here, source=source)
 
 
-def beside(op: str, batch: int, seqlen: int, dim: int, itemsize: int) -> float:
-    """Bytes that do not go with dim: B and C, once a tile of 32 channels and direction; the ids."""
+def beside(op: str, part: str, batch: int, seqlen: int, itemsize: int) -> float:
+    """Bytes that do not go with dim: B and C, and their gradients, once (a second reading hits the L2 cache); the ids."""
     if op in SCANS:
-        directions = 2 if op.startswith("bi") else 1
-        return directions * batch * seqlen * -(-dim // 32) * 2 * DSTATE * itemsize
+        return (2 if part == "forward" else 4) * batch * seqlen * DSTATE * itemsize
     return batch * seqlen * 9 * 8 if op == "pxby_embed" else 0.0
 
 
@@ -197,7 +194,7 @@ def predictions(gpu: Gpu, found: list[dict[str, str]] | None = None) -> Iterator
         if plan is None:
             continue
         steps, itemsize = batch * seqlen * dim, 4 if dtype == "float32" else 2
-        moved = plan.bytes * steps + beside(op, batch, seqlen, dim, itemsize)
+        moved = plan.bytes * steps + beside(op, part, batch, seqlen, itemsize)
         exps = plan.exps * exponentials(op, part, batch, seqlen, dim)
         yield Prediction(
             backend, op, part, name_of(op, batch, seqlen, dim), dtype, 1e3 * moved / gpu.bandwidth,

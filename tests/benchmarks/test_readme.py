@@ -109,8 +109,8 @@ def test_roofline_by_hand():
     sizes = "batch=32 seqlen=1024 dim=256 dstate=16"
     p = prediction(op="selective_scan", part="forward", backend="cuda", dtype="float32", sizes=sizes)
     steps = 32 * 1024 * 256
-    tiles = 32 * 1024 * 8 * 2 * 16 * 4  # B and C, once a tile of 32 channels
-    assert p.dram == pytest.approx(1e3 * (16 * steps + tiles) / 230e9)
+    shared = 32 * 1024 * 2 * 16 * 4  # B and C
+    assert p.dram == pytest.approx(1e3 * (16 * steps + shared) / 230e9)
     assert p.exps == pytest.approx(1e3 * 16 * steps / (40 * 1.59e9 * 16))
     assert p.issue == pytest.approx(1e3 * 129 * steps / (40 * 1.59e9 * 128))
     assert p.ms == p.dram and p.bound == "DRAM" and p.source == "plan"
@@ -129,7 +129,10 @@ def test_counts_of_compiled_kernels_come_first():
     found = model.plan_for("cuda", "selective_scan", "forward", 2048, "float32", [shorter, row, other])
     assert (found.instructions, found.bytes, found.source) == (100000, 20, "counted")
     assert model.plan_for("cuda", "selective_scan", "forward", 512, "float32", [shorter, row]).instructions == 7
-    assert model.plan_for("cuda", "selective_scan", "forward", 128, "float32", [shorter, row]).source == "plan"
+    assert model.plan_for("cuda", "selective_scan", "forward", 128, "float32", [shorter, row]).instructions == 7
+    bare = {**row, "instructions": ""}
+    partly = model.plan_for("cuda", "selective_scan", "forward", 1024, "float32", [bare])
+    assert (partly.instructions, partly.bytes, partly.source) == (129, 20, "bytes counted")
     half = model.plan_for("cuda", "selective_scan", "forward", 128, "float16", [row])
     assert half.bytes == 8 and half.source == "plan"
 
