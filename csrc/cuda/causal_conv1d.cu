@@ -24,43 +24,43 @@ struct Rows {  // (batch, dim, time)
   __device__ T* at(int64_t b, int64_t d, int64_t t) const { return data + b * batch + d * dim + t * time; }
 };
 
-struct States {  // (batch, dim, width - 1) of any float dtype, or null
-  char* data;
-  DType dtype;
-  int64_t batch, dim, step;
-  __device__ int64_t index(int64_t b, int64_t d, int64_t k) const { return b * batch + d * dim + k * step; }
-};
-
 template <class T>
 struct ConvParams {
   Rows<const T> x, dout;
   Rows<T> out, dx;
   const float *weight, *bias;
   const char* seq;
-  DType seq_dtype;
+  bool seq_wide;  // 64 bits, or else 32
   int64_t seq_batch, seq_time;
-  States initial, final_states, dfinal, dinitial;
+  Rows<const T> initial, dfinal;  // states: (batch, dim, width - 1), or null
+  Rows<T> final_states;
+  Rows<float> dinitial;
   float* partial;
   int64_t batch, dim, seqlen, steps;
   unsigned runs, lanes;  // lanes: threads side by side in the channels arrangement
   int width;
   bool silu;
 
+  __device__ int64_t sequence(int64_t b, int64_t t) const {
+    const int64_t at = b * seq_batch + t * seq_time;
+    return seq_wide ? load_value_readonly(reinterpret_cast<const long long*>(seq) + at) : load_value_readonly(reinterpret_cast<const int*>(seq) + at);
+  }
   // Bit j: the input j steps before step t counts, for it belongs to the same sequence. States belong to a row's first sequence.
   __device__ unsigned taps(int64_t b, int64_t t) const {
     unsigned alive = (1u << width) - 1;
     if (!seq) return alive;
-    const int64_t own = load_int(seq, seq_dtype, b * seq_batch + t * seq_time);
-    for (int j = 1; j < width; ++j)
-      if (load_int(seq, seq_dtype, b * seq_batch + max(t - j, int64_t(0)) * seq_time) != own) alive &= ~(1u << j);
+    const int64_t own = sequence(b, t);
+#pragma unroll
+    for (int j = 1; j < kTaps; ++j)
+      if (j < width && sequence(b, max(t - j, int64_t(0))) != own) alive &= ~(1u << j);
     return alive;
   }
-  // The input at step t >= 1 - width of one channel, as fp32. What stands before a row is its state, rounded to T, or zero.
+  // The input at step t >= 1 - width of one channel, as fp32. What stands before a row is its state, or zero.
   __device__ float input(int64_t b, int64_t d, int64_t t) const {
     if (t >= 0) return load_readonly(x.at(b, d, t));
     const int64_t k = t + width - 1;
     if (!initial.data || k < 0) return 0.0f;
-    return to_float(from_float<T>(load_any(initial.data, initial.dtype, initial.index(b, d, k))));
+    return load_readonly(initial.at(b, d, k));
   }
   __device__ float tap(int64_t d, int j) const { return load_readonly(weight + d * width + (width - 1 - j)); }
 };
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(kThreads) conv_forward_channels(const ConvPara
     if (j >= p.width - 1) continue;
 #pragma unroll
     for (int v = 0; v < kVec; ++v)
-      store_any(p.final_states.data, p.final_states.dtype, p.final_states.index(o.b, o.d + v, p.width - 2 - j), past[j][v]);
+      store(p.final_states.at(o.b, o.d + v, p.width - 2 - j), past[j][v]);
   }
 }
 
@@ -241,11 +241,11 @@ __global__ void __launch_bounds__(kThreads, 4) conv_backward_channels(const Conv
       const int64_t kept = state - p.seqlen;  // index among the final states
       if (p.dfinal.data && kept >= 0) {
 #pragma unroll
-        for (int v = 0; v < kVec; ++v) dx[v] += load_any(p.dfinal.data, p.dfinal.dtype, p.dfinal.index(o.b, o.d + v, kept));
+        for (int v = 0; v < kVec; ++v) dx[v] += load_readonly(p.dfinal.at(o.b, o.d + v, kept));
       }
       if (is_state) {
 #pragma unroll
-        for (int v = 0; v < kVec; ++v) store_any(p.dinitial.data, p.dinitial.dtype, p.dinitial.index(o.b, o.d + v, state), dx[v]);
+        for (int v = 0; v < kVec; ++v) store(p.dinitial.at(o.b, o.d + v, state), dx[v]);
       } else {
         store_channels<kVec>(p.dx, o.b, o.d, done, dx);
       }
@@ -357,10 +357,7 @@ __global__ void __launch_bounds__(kThreads) conv_forward_time(const ConvParams<T
     if (!p.final_states.data || t + kVec != p.seqlen) continue;
 #pragma unroll
     for (int j = 0; j < kHalo; ++j)
-      if (j < p.width - 1) {
-        const int64_t index = p.final_states.index(r.b, r.d, p.width - 2 - j);
-        store_any(p.final_states.data, p.final_states.dtype, index, x[kHalo + kVec - 1 - j]);
-      }
+      if (j < p.width - 1) store(p.final_states.at(r.b, r.d, p.width - 2 - j), x[kHalo + kVec - 1 - j]);
   }
 }
 
@@ -404,7 +401,7 @@ __global__ void __launch_bounds__(kThreads) conv_backward_time(const ConvParams<
         if (taps[i + j] >> j & 1) dx[i] += w[j] * dpre[i + j];
       }
       const int64_t kept = t + i + p.width - 1 - p.seqlen;
-      if (p.dfinal.data && kept >= 0) dx[i] += load_any(p.dfinal.data, p.dfinal.dtype, p.dfinal.index(r.b, r.d, kept));
+      if (p.dfinal.data && kept >= 0) dx[i] += load_readonly(p.dfinal.at(r.b, r.d, kept));
     }
     if (p.dx.data) store_steps<kVec>(p.dx.at(r.b, r.d, t), p.dx.time, dx);
     if (p.dinitial.data && t == 0) {
@@ -415,8 +412,8 @@ __global__ void __launch_bounds__(kThreads) conv_backward_time(const ConvParams<
           const int j = i - k + p.width - 1;
           if (taps[i] >> j & 1) sum += p.tap(r.d, j) * dpre[i];
         }
-        if (p.dfinal.data && k >= p.seqlen) sum += load_any(p.dfinal.data, p.dfinal.dtype, p.dfinal.index(r.b, r.d, k - p.seqlen));
-        store_any(p.dinitial.data, p.dinitial.dtype, p.dinitial.index(r.b, r.d, k), sum);
+        if (p.dfinal.data && k >= p.seqlen) sum += load_readonly(p.dfinal.at(r.b, r.d, k - p.seqlen));
+        store(p.dinitial.at(r.b, r.d, k), sum);
       }
     }
   }
@@ -441,19 +438,17 @@ Rows<T> rows_of(const Tensor& t, bool reverse) {
   return rows;
 }
 
-States states_of(const Tensor& t) { return {t.data, t.dtype, t.stride[0], t.stride[1], t.stride[2]}; }
-
 template <class T>
 ConvParams<T> params_of(const ConvArgs& a) {
   ConvParams<T> p{};
   p.x = rows_of<const T>(a.x, a.reverse), p.dout = rows_of<const T>(a.dout, a.reverse);
   p.out = rows_of<T>(a.out, a.reverse), p.dx = rows_of<T>(a.dx, a.reverse);
   p.weight = reinterpret_cast<const float*>(a.weight.data), p.bias = reinterpret_cast<const float*>(a.bias.data);
-  p.seq = a.seq_idx.data, p.seq_dtype = a.seq_idx.dtype, p.seq_batch = a.seq_idx.stride[0], p.seq_time = a.seq_idx.stride[1];
+  p.seq = a.seq_idx.data, p.seq_wide = a.seq_idx.dtype == DType::i64, p.seq_batch = a.seq_idx.stride[0], p.seq_time = a.seq_idx.stride[1];
   p.batch = a.x.size[0], p.dim = a.x.size[1], p.seqlen = a.x.size[2], p.width = int(a.weight.size[1]), p.silu = a.silu;
-  if (a.reverse && p.seq) p.seq += (p.seqlen - 1) * p.seq_time * item_size(p.seq_dtype), p.seq_time = -p.seq_time;
-  p.initial = states_of(a.initial_states), p.final_states = states_of(a.final_states);
-  p.dfinal = states_of(a.dfinal_states), p.dinitial = states_of(a.dinitial_states);
+  if (a.reverse && p.seq) p.seq += (p.seqlen - 1) * p.seq_time * item_size(a.seq_idx.dtype), p.seq_time = -p.seq_time;
+  p.initial = rows_of<const T>(a.initial_states, false), p.final_states = rows_of<T>(a.final_states, false);
+  p.dfinal = rows_of<const T>(a.dfinal_states, false), p.dinitial = rows_of<float>(a.dinitial_states, false);
   p.partial = reinterpret_cast<float*>(a.partial.data);
   p.steps = a.steps, p.runs = unsigned(ceil_div(p.seqlen, p.steps));
   return p;

@@ -6,8 +6,8 @@
 namespace pixelbytes::cuda {
 
 // x, out, dout, dx (batch, dim, seqlen) of one dtype, any strides; weight (dim, width) and bias (dim) contiguous fp32; seq_idx (batch,
-// seqlen) integers; initial_states, dfinal_states, dinitial_states (batch, dim, width - 1), any float dtype and strides; final_states the
-// same in x's dtype. `reverse`: time runs downwards, states lie behind the last step.
+// seqlen) int32 or int64; initial_states, final_states, dfinal_states (batch, dim, width - 1) in x's dtype, any strides; dinitial_states the
+// same in fp32. `reverse`: time runs downwards, states lie behind the last step.
 struct ConvArgs {
   Tensor x, weight, bias, seq_idx, initial_states;
   Tensor out, final_states;

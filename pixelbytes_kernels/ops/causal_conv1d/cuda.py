@@ -38,7 +38,7 @@ def steps_for(x: Tensor) -> int:
 
 def forward(tensors: Sequence[Tensor | None], silu: bool, reverse: bool, final: bool) -> tuple[Tensor, Tensor]:
     """`tensors` are x, weight, bias, seq_idx, initial_states. Returns out and the final states, empty unless `final`."""
-    x, weight, bias, seq_idx, initial = tensors
+    x, weight, _, _, initial = tensors
     assert x is not None and weight is not None
     out = torch.empty_like(x)
     final_states = x.new_empty((*x.shape[:2], weight.shape[1] - 1) if final else (0,))
@@ -46,10 +46,18 @@ def forward(tensors: Sequence[Tensor | None], silu: bool, reverse: bool, final: 
         if final:
             final_states = final_states.zero_() if initial is None else final_states.copy_(initial)
         return out, final_states
-    inputs = (x, fp32(weight), fp32(bias), seq_idx, initial)
     final_out = final_states if final else None
-    extension().conv_forward(*where(x), inputs, silu, reverse, steps_for(x), out, final_out)
+    extension().conv_forward(*where(x), as_read(tensors), silu, reverse, steps_for(x), out, final_out)
     return out, final_states
+
+
+def as_read(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The small tensors in the dtypes that the kernels know."""
+    x, weight, bias, seq_idx, initial = tensors
+    assert x is not None
+    if seq_idx is not None and seq_idx.dtype not in (torch.int32, torch.int64):
+        seq_idx = seq_idx.to(torch.int32)
+    return x, fp32(weight), fp32(bias), seq_idx, None if initial is None else initial.detach().to(x.dtype)
 
 
 def backward(
@@ -62,19 +70,19 @@ def backward(
     dx: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x (into `dx` if given), weight, bias and initial_states, None where `needs` (one entry a tensor) is false."""
-    x, weight, bias, seq_idx, initial = tensors
+    x, weight, bias, _, initial = tensors
     assert x is not None and weight is not None
     dx = torch.empty_like(x) if dx is None and needs[0] else dx
     dweight = torch.empty_like(weight) if needs[1] else None
     dbias = torch.empty_like(bias) if bias is not None and needs[2] else None
-    dinitial = torch.empty_like(initial) if initial is not None and needs[4] else None
+    dinitial = torch.empty_like(initial, dtype=torch.float32) if initial is not None and needs[4] else None
     if x.numel() == 0:
         for grad in (dweight, dbias, dinitial):
             if grad is not None:
                 grad.zero_()
         if dinitial is not None and dfinal is not None:
             dinitial.copy_(dfinal)
-        return dx, dweight, dbias, dinitial
+        return dx, dweight, dbias, None if dinitial is None or initial is None else dinitial.to(initial.dtype)
     (batch, dim, seqlen), width = x.shape, weight.shape[1]
     steps = steps_for(x)
     partial = sums = None
@@ -82,15 +90,15 @@ def backward(
         partial = x.new_empty(batch * -(-seqlen // steps), width + 1, dim, dtype=torch.float32)
         sums = x.new_empty(width + 1, dim, dtype=torch.float32)
     dout = laid_out_like(dout, x)
-    inputs = (x, fp32(weight), fp32(bias), seq_idx, initial)
+    dfinal = None if dfinal is None else dfinal.to(x.dtype)
     extension().conv_backward(
-        *where(x), inputs, silu, reverse, steps, dout, dfinal, dx, dinitial, partial, sums
+        *where(x), as_read(tensors), silu, reverse, steps, dout, dfinal, dx, dinitial, partial, sums
     )  # fmt: skip
     if dweight is not None and sums is not None:
         dweight.copy_(sums[:width].t())
     if dbias is not None and sums is not None:
         dbias.copy_(sums[width])
-    return dx, dweight, dbias, dinitial
+    return dx, dweight, dbias, None if dinitial is None or initial is None else dinitial.to(initial.dtype)
 
 
 def laid_out_like(grad: Tensor, x: Tensor) -> Tensor:
