@@ -47,7 +47,13 @@ def forward(tensors: Sequence[Tensor | None], silu: bool, reverse: bool, final: 
     final_states = final_states_of(x, initial, weight.shape[1], reverse) if final else x.new_empty(0)
     if x.numel() == 0:
         return out, final_states
-    chosen = blocks_of(device_of(x), *x.shape, x.element_size(), along_time(x) and initial is None)
+    batch, dim, seqlen = x.shape
+    tiled = along_time(x) and initial is None
+    chosen = blocks_of(device_of(x), batch, dim, seqlen, x.element_size(), tiled)
+    kernel: Any
+    pointers: dict[str, Tensor]
+    places: dict[str, int]
+    constants: dict[str, int]
     if chosen.tiled:
         kernel, pointers, places, constants = tile.forward_tile, {}, {}, {"BT": chosen.steps}
     else:
@@ -86,10 +92,14 @@ def backward(
         total = x.new_zeros(width + 1, dim, dtype=torch.float32)
     else:
         tiled = along_time(x) and initial is None and dfinal is None
-        chosen = blocks_of(device_of(x), *x.shape, x.element_size(), tiled)
+        chosen = blocks_of(device_of(x), batch, dim, seqlen, x.element_size(), tiled)
         sums = x.new_empty(
             (batch * cdiv(seqlen, chosen.steps), width + 1, dim) if summed else (0,), dtype=torch.float32
         )
+        kernel: Any
+        pointers: dict[str, Tensor]
+        places: dict[str, int]
+        constants: dict[str, int]
         if chosen.tiled:
             kernel, pointers, places, constants = tile.backward_tile, {}, {}, {"BT": chosen.steps}
         else:

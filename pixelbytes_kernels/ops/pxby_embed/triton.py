@@ -10,7 +10,7 @@ through the folded projection instead.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -109,7 +109,8 @@ def backward(
 def is_folded(tokens: Tensor, emb: Tensor, proj_weight: Tensor, folded: bool | None) -> bool:
     dim = proj_weight.shape[0]
     if folded is None:
-        folded = folded_is_cheaper(tokens.shape[0] * tokens.shape[1], *emb.shape, dim)
+        vocab, width = emb.shape
+        folded = folded_is_cheaper(tokens.shape[0] * tokens.shape[1], vocab, width, dim)
     return folded and dim <= MAX_FOLDED
 
 
@@ -149,7 +150,7 @@ def mixing_blocks(width: int) -> dict[str, int]:
 
 def convolution(
     emb: Tensor, conv_weight: Tensor | None, conv_bias: Tensor | None, alpha: Tensor | None
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Arguments of a kernel, with `emb` in the place of those that it does not read."""
     return {
         "conv_weight": emb if conv_weight is None else conv_weight.contiguous(),
