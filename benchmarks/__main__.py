@@ -71,6 +71,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="fewer rounds and contestants: minutes instead of most of an hour"
     )
+    help_without = "leave these contestants out, such as compile or triton, which compile for minutes"
+    parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help=help_without)
     parser.add_argument("--threads", type=int, default=1, help="threads of every contestant on a CPU (default 1)")
     parser.add_argument("--gpu", type=int, default=0, metavar="N", help="the GPU that is timed (all are checked)")
     parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), help="default: float32, and float16 on a GPU")
@@ -113,6 +115,7 @@ def setups(args: argparse.Namespace, device: str) -> list[Setup]:
     names = args.dtype or (["float32"] if device == "cpu" else ["float32", "float16"])
     seconds = args.seconds or (5.0 if device == "cpu" else 3.0)
     more: dict[str, Any] = {"least": 2 if args.quick else 3, "report": progress, "seconds": seconds}
+    more["without"] = tuple(args.without)
     return [Setup(quick=args.quick, threads=args.threads, device=device, dtype=DTYPES[name], **more) for name in names]
 
 

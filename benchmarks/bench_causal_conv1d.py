@@ -62,7 +62,7 @@ def contestants(setup: Setup) -> dict[str, Callable[..., Any]]:
 def rows(setup: Setup) -> Iterator[Row]:
     entrants = contestants(setup)
     left_out = {"torch", "reference", "compile"} if setup.quick else set()
-    chosen = [c for c in entrants if c not in left_out]
+    chosen = [c for c in entrants if c not in left_out and c not in setup.without]
     for batch, seqlen, dim in CASES[setup.kind]:
         for channels_last in (False, True):
             sizes = f"batch={batch} seqlen={seqlen} dim={dim} {'channels last' if channels_last else 'time last'}"

@@ -46,7 +46,7 @@ def contestants(setup: Setup) -> dict[str, Callable[..., Tensor]]:
 
 def rows(setup: Setup) -> Iterator[Row]:
     entrants = contestants(setup)
-    chosen = [c for c in entrants if not (setup.quick and c == "compile")]
+    chosen = [c for c in entrants if not (setup.quick and c == "compile") and c not in setup.without]
     for batch, seqlen, vocab, dim, ids in CASES[: 2 if setup.quick else None]:
         sizes = words(
             {"batch": batch, "seqlen": seqlen, "vocab": vocab, "dim": dim, "ids": str(ids).removeprefix("torch.")}

@@ -74,7 +74,10 @@ def backends(setup: Setup, op: str, call: Callable[..., Any]) -> dict[str, Calla
     others = [
         name
         for name in implemented(op)
-        if setup.kind in homes.get(name, ()) and usable[name][0] and name != auto(setup, op)
+        if setup.kind in homes.get(name, ())
+        and usable[name][0]
+        and name != auto(setup, op)
+        and name not in setup.without
     ]
     return {OURS: call, **{name: functools.partial(call, backend=name) for name in others}}
 

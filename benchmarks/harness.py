@@ -86,6 +86,7 @@ class Setup:
     seconds: float = 5.0  # that one group of contestants may take
     most: int = 25  # rounds
     least: int = 3
+    without: tuple[str, ...] = ()  # backends and packages that are left out
     report: Callable[[str], None] = field(default=lambda text: None)
 
     @property

@@ -99,7 +99,7 @@ def chosen(setup: Setup, name: str, sizes: Mapping[str, int]) -> list[str]:
     """torch.compile takes minutes, and the slow ones a minute at large sizes: not in a quick run."""
     slow = ["torch", "reference"] if updates(sizes) > SLOW_UPDATES and not setup.on_gpu else []
     left_out = {"compile", "torch", "reference"} if setup.quick else set(slow)
-    return [c for c in contestants(setup, name) if c not in left_out]
+    return [c for c in contestants(setup, name) if c not in left_out and c not in setup.without]
 
 
 def leaves(inputs: Inputs) -> tuple[Inputs, list[Tensor]]:

@@ -81,6 +81,13 @@ def test_convolutions_take_part_with_their_layouts(installed):
         assert_matches(entrants[name], entrants["reference"], inputs)
 
 
+def test_who_is_left_out_takes_no_part():
+    setup = Setup(without=("torch", "compile", "pscan"))
+    chosen = scans.chosen(setup, "selective_scan", scans.sizes_of(1, 8, 4))
+    assert chosen == [OURS, "reference"]
+    assert "torch" not in bench_causal_conv1d.contestants(setup)
+
+
 def test_every_backend_usable_here_takes_part():
     found = scans.contestants(Setup(), "selective_scan")
     assert {OURS, "torch", "reference", "pscan", "compile"} <= set(found)
