@@ -1,8 +1,8 @@
 """`python -m gpu_checks.cuda_budget`: what every CUDA kernel takes of a T4's multiprocessor, against gpu_checks/budgets/cuda.csv.
 
-Registers, stack (spilled registers live there) and static shared memory are read from the sm_75 code of the built extension `_cuda`, or, where it is
-missing or older than its sources, from objects that nvcc compiles under build/cuda_budget. Threads of a block and dynamic shared memory come from the
-launches themselves, recorded by the emulator. Needs cuobjdump: on PATH, or of the triton package.
+Registers, stack (spilled registers live there) and static shared memory are read from the sm_75 code of the built extension `_cuda`,
+or, where it is missing or older than its sources, from objects that nvcc compiles under build/cuda_budget. Threads of a block and
+dynamic shared memory come from the launches themselves, recorded by the emulator. Needs cuobjdump: on PATH, or of the triton package.
 """
 
 from __future__ import annotations

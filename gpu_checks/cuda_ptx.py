@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels for gpu_checks/ptx_counts.py: compiled to PTX by nvcc, their launches taken from the emulator and run on its tensors."""
+"""The CUDA C++ kernels for gpu_checks/ptx_counts.py: compiled to PTX by nvcc; the emulator's launches, run on its tensors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,8 +61,15 @@ def compile_ptx(path: Path) -> str:
 
 
 def run_raw(
-    runner_module: Any, kernel: Kernel, parameters: list[bytes], regions: list[tuple[int, int]], grid: Any, block: Any, shared: int, order: str
-) -> dict[str, Any]:  # fmt: skip
+    runner_module: Any,
+    kernel: Kernel,
+    parameters: list[bytes],
+    regions: list[tuple[int, int]],
+    grid: Any,
+    block: Any,
+    shared: int,
+    order: str,
+) -> dict[str, Any]:
     """Runs PTX on memory that is there already: parameters hold addresses inside of `regions`. Returns the runner's counts."""
     library, program = runner_module.compile_kernel(kernel.ptx, kernel.symbol, shared, "-O1", True)
     packed = bytearray(max(program.psize, 8) + 16)

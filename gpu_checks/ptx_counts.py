@@ -42,7 +42,7 @@ def without_ldmatrix(ptx: str) -> str:
             "shr.u32 %lm_lane, %lm_lane, 2;",
             "and.b32 %lm_lane, %lm_lane, 7;",
         ]
-        for k, register in enumerate(match[1].split(",")):
+        for k in range(match[1].count(",") + 1):
             lines += [
                 f"add.s32 %lm_from, %lm_lane, {8 * k};",
                 f"shfl.sync.idx.b32 %lm_at{k}, {match[2]}, %lm_from, 31, -1;",
@@ -177,7 +177,8 @@ LAUNCHES: dict[str, Callable[[Runner], contextlib.AbstractContextManager[None]]]
 
 # mamba_ssm's official kernels in fp32 at N = 16, one direction, counted by the same runner: instructions, bytes read, written, atomics.
 MAMBA_SSM = {"forward": (618, 144.5, 8.1, 0), "backward": (1273, 156.5, 12.0, 32)}
-# Bytes of dim-sized tensors that have to move at least once, fp32, with z: forward u, delta, z, out; backward u, delta, z, dout, du, ddelta, dz.
+# Bytes of dim-sized tensors that have to move at least once, fp32, with z: forward u, delta, z, out; backward u, delta, z, dout, du,
+# ddelta, dz.
 BOUND = {"forward": 16, "backward": 28}
 
 
@@ -220,15 +221,14 @@ def main() -> int:
     if not args.runner:
         parser.error("say with --runner or PTX_ON_CPU where run_ptx.py is")
     rows = measure(args.source, Runner(Path(args.runner), args.order), args.directions, tuple(args.sizes))
-    print(
-        f"{args.source}, sm_75, fp32, batch, seqlen, dim, dstate {tuple(args.sizes)}, {args.directions} direction(s); per (batch, seqlen, dim)"
-    )
+    sizes = f"batch, seqlen, dim, dstate {tuple(args.sizes)}, {args.directions} direction(s)"
+    print(f"{args.source}, sm_75, fp32, {sizes}; per (batch, seqlen, dim)")
     for way, instructions, read, written, atomics in rows:
-        mamba = MAMBA_SSM[way]
+        mamba = [n * args.directions for n in MAMBA_SSM[way]]
         print(
             f"{way:9} {instructions:7.0f} instructions, {read:6.1f} bytes read, {written:5.1f} written, {atomics} atomics"
-            f"   (mamba_ssm x {args.directions}: {mamba[0] * args.directions}, {mamba[1] * args.directions:.1f}, {mamba[2] * args.directions:.1f},"
-            f" {mamba[3] * args.directions}; least dim-sized bytes: {BOUND[way]})"
+            f"   (mamba_ssm x {args.directions}: {mamba[0]}, {mamba[1]:.1f}, {mamba[2]:.1f}, {mamba[3]};"
+            f" least dim-sized bytes: {BOUND[way]})"
         )
     return 0
 

@@ -76,7 +76,9 @@ def available_backends() -> dict[str, tuple[bool, str]]:
     }
     cuda, cuda_error = load_extension("_cuda")
     if cuda and not torch.cuda.is_available():
-        cuda, cuda_error = None, "no CUDA device"
+        found_devices, driver_error = cuda.device_count()
+        built = "this PyTorch was built without CUDA" if torch.version.cuda is None else "PyTorch finds no CUDA device"
+        cuda, cuda_error = None, f"{built}; {driver_error or f'the driver finds {found_devices}'}"
     found["cuda"] = (True, "CUDA C++") if cuda else (False, cuda_error)
     if importlib.util.find_spec("triton") is None:
         found["triton"] = (False, "triton is not installed")
