@@ -37,7 +37,7 @@ struct DirectCases {
 
 inline Rows rows_of(const Tensor& t) {
   if (!t) return {};
-  return {t.data, t.dtype, t.stride[0], t.stride[1], t.stride[2], false};
+  return {t.data, t.dtype, t.stride[0], int(t.stride[1]), int(t.stride[2]), false};
 }
 
 // Whether packets of 4 elements along the fast axis can be read at once. Tiles and chunks start at multiples of 4 where groups do.
@@ -52,7 +52,7 @@ inline bool is_packed(const Coefficient& c) {
 
 inline Coefficient coefficient_of(const Tensor& t) {
   if (t.ndim == 2) return {t.data, t.dtype, 0, t.stride[0], 1, 0, false, true};
-  return {t.data, t.dtype, t.stride[0], t.stride[1], t.stride[2], t.stride[3], false, false};
+  return {t.data, t.dtype, t.stride[0], t.stride[1], int(t.stride[2]), int(t.stride[3]), false, false};
 }
 
 inline const float* floats(const Tensor& t) { return reinterpret_cast<const float*>(t.data); }
@@ -63,6 +63,19 @@ inline bool is_direct(const ScanArgs& args) {
   for (int i = 0; i < args.directions; ++i)
     direct |= args.direction[i].B.ndim == 2 || args.direction[i].C.ndim == 2;
   return direct;
+}
+
+// Whether the strides that a kernel keeps in 32 bits fit; a negative one would do, but torch has none.
+inline bool strides_fit(const Tensor& t) {
+  for (int i = t.ndim == 3 ? 1 : 2; i < t.ndim; ++i)
+    if (t.stride[i] > INT_MAX) return false;
+  return true;
+}
+inline bool strides_fit(const ScanArgs& args) {
+  bool fit = strides_fit(args.z) && strides_fit(args.out) && strides_fit(args.partial) && strides_fit(args.dout) && strides_fit(args.dz);
+  for (const ScanDirection& d : args.direction)
+    for (const Tensor* t : {&d.u, &d.delta, &d.B, &d.C, &d.du, &d.ddelta}) fit &= strides_fit(*t);
+  return fit;
 }
 
 inline ScanParams scan_params(const ScanArgs& args) {
@@ -110,7 +123,8 @@ const char* launch_scan(const Launch& at, const ScanArgs& args) {
     using S = ShapeOf<decltype(c)>;
     p.tiles = ceil_div(p.dim / p.groups, S::channels);
     const int64_t blocks = int64_t(p.batch) * p.groups * p.tiles;
-    const char* error = blocks > INT_MAX ? "selective_scan: too many channels for one launch" : Kernel<S>::run(at, p, int(blocks));
+    const char* error = !strides_fit(args)   ? "selective_scan: a stride of 2^31 elements or more; make the tensor contiguous"
+                        : blocks > INT_MAX ? "selective_scan: too many channels for one launch" : Kernel<S>::run(at, p, int(blocks));
     return with_sizes(error, "batch %d, dim %d, seqlen %d, dstate %d", p.batch, p.dim, p.seqlen, p.dstate);
   });
 }

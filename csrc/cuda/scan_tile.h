@@ -26,8 +26,9 @@ struct Shape {
 struct Rows {
   char* data = nullptr;
   DType dtype = DType::none;
-  int64_t batch = 0, dim = 0, step = 0;
-  bool packed = false;  // a thread's neighbouring elements lie side by side, on an aligned address: see Elements
+  int64_t batch = 0;
+  int dim = 0, step = 0;  // 32 bits: a 64-bit product costs four instructions. scan_launch.h refuses longer ones
+  bool packed = false;    // a thread's neighbouring elements lie side by side, on an aligned address: see Elements
   __host__ __device__ explicit operator bool() const { return data != nullptr; }
 };
 
@@ -35,7 +36,8 @@ struct Rows {
 struct Coefficient {
   char* data = nullptr;
   DType dtype = DType::none;
-  int64_t batch = 0, group = 0, state = 0, step = 0;
+  int64_t batch = 0, group = 0;
+  int state = 0, step = 0;
   bool packed = false;    // staged only: as Rows::packed
   bool constant = false;  // direct only: `group` counts channels
 };
@@ -184,13 +186,15 @@ struct Elements {
 
   template <class T>
   __device__ T* place(const Rows& rows, const Tile& tile, const Chunk& chunk) const {
-    return reinterpret_cast<T*>(rows.data) + tile.batch * rows.batch + (tile.first + channel) * rows.dim + (chunk.first + step) * rows.step;
+    return reinterpret_cast<T*>(rows.data) + tile.batch * rows.batch + int64_t(tile.first + channel) * rows.dim +
+           int64_t(chunk.first + step) * rows.step;
   }
+  __device__ int64_t from_packet_to_packet(const Rows& rows) const { return time_fast ? int64_t(channel_by) * rows.dim : int64_t(step_by) * rows.step; }
 
   template <class T>
   __device__ void load_as(const Rows& rows, const Tile& tile, const Chunk& chunk, float (&v)[S::elements]) const {
     const T* p = place<T>(rows, tile, chunk);
-    const int64_t by = step_by * rows.step + channel_by * rows.dim;
+    const int64_t by = from_packet_to_packet(rows);
     if (rows.packed && is_whole(tile, chunk)) {
 #pragma unroll
       for (int i = 0; i < packets; ++i, p += by) {
@@ -215,7 +219,7 @@ struct Elements {
   template <class T>
   __device__ void store_as(const Rows& rows, const Tile& tile, const Chunk& chunk, const float (&v)[S::elements]) const {
     T* p = place<T>(rows, tile, chunk);
-    const int64_t by = step_by * rows.step + channel_by * rows.dim;
+    const int64_t by = from_packet_to_packet(rows);
     if (rows.packed && is_whole(tile, chunk)) {
 #pragma unroll
       for (int i = 0; i < packets; ++i, p += by) {
@@ -279,8 +283,8 @@ struct CoefficientElements {
   template <class T>
   __device__ void load_as(const Coefficient& from, const Tile& tile, const Chunk& chunk, int dstate, float (&v)[count]) const {
     const T* p = reinterpret_cast<const T*>(from.data) + tile.batch * from.batch + tile.group * from.group +
-                 (chunk.first + step) * from.step + state * from.state;
-    const int64_t by = step_by * from.step + state_by * from.state;
+                 int64_t(chunk.first + step) * from.step + int64_t(state) * from.state;
+    const int64_t by = int64_t(step_by) * from.step + int64_t(state_by) * from.state;
     if (from.packed && chunk.count == S::steps && dstate == S::dstate) {
 #pragma unroll
       for (int i = 0; i < packets; ++i, p += by) {
@@ -296,7 +300,7 @@ struct CoefficientElements {
 #pragma unroll
       for (int k = 0; k < width; ++k) {
         const bool real = step + i * step_by < chunk.count && state + i * state_by + k < dstate;
-        v[i * width + k] = real ? cuda::load_readonly(p + k * from.state) : 0.0f;
+        v[i * width + k] = real ? cuda::load_readonly(p + int64_t(k) * from.state) : 0.0f;
       }
     }
   }
@@ -322,7 +326,7 @@ __device__ inline void read_states(const float* p, float (&v)[count]) {
 template <class S>
 struct Coefficients {
   const float *B, *C;
-  int64_t B_step, C_step;
+  int B_step, C_step;
 
   __device__ Coefficients(const Direction& d, const Tile& tile, int channel, int part, const float* rows) {
     if constexpr (S::staged) {
@@ -341,11 +345,11 @@ struct Coefficients {
     const int of = c.constant ? tile.first + min(channel, tile.count - 1) : tile.group;
     return reinterpret_cast<const float*>(c.data) + tile.batch * c.batch + of * c.group;
   }
-  static __device__ void read(const float* p, int64_t by, const Chunk& chunk, int step, float (&v)[S::states]) {
+  static __device__ void read(const float* p, int by, const Chunk& chunk, int step, float (&v)[S::states]) {
     if constexpr (S::staged)
       read_states(p + step * S::row, v);
     else
-      load_many_readonly(p + (chunk.first + step) * by, v);
+      load_many_readonly(p + int64_t(chunk.first + step) * by, v);
   }
 };
 

@@ -27,12 +27,17 @@ def is_direct(directions: Sequence[Direction]) -> bool:
     return A.shape[1] > extension().direct_dstate or any(t.ndim == 2 for t in coefficients)
 
 
+def within_reach(t: Tensor | None) -> Tensor | None:
+    """The kernels keep strides of single axes in 32 bits; memory that is spread wider is gathered."""
+    return t.contiguous() if t is not None and max(t.stride()[1:], default=0) >= 2**31 else t
+
+
 def as_read(directions: Sequence[Direction], direct: bool, padded: int) -> list[Direction]:
     """The tensors as the kernels take them: u and delta as they are, the small ones in float32."""
 
     def coefficient(t: Tensor | None) -> Tensor | None:
         if t is None or not direct:
-            return t
+            return within_reach(t)
         t = t.detach().float()
         if t.ndim == 4:
             t = t.transpose(2, 3)
@@ -41,6 +46,8 @@ def as_read(directions: Sequence[Direction], direct: bool, padded: int) -> list[
 
     return [
         d._replace(
+            u=within_reach(d.u),
+            delta=within_reach(d.delta),
             A=fp32(d.A),
             B=coefficient(d.B),
             C=coefficient(d.C),
@@ -73,7 +80,9 @@ def forward(
     # The direction that comes first to a chunk leaves its share in `out`, unless that would round it more than once.
     rounds = len(directions) == 2 and out.dtype.itemsize < u.dtype.itemsize
     partial = torch.empty_like(out, dtype=torch.float32) if rounds else None
-    cuda.scan_forward(*where(u), packed, z, as_int32(seq_idx), options.scale, options.delta_softplus, out, partial)
+    cuda.scan_forward(
+        *where(u), packed, within_reach(z), as_int32(seq_idx), options.scale, options.delta_softplus, out, partial
+    )
     return out, last_state, states
 
 
@@ -106,10 +115,10 @@ def backward(
     if dz is None and needs_z and z is not None:
         dz = torch.empty_like(z)
     if u.numel() == 0:
-        grads = [torch.zeros_like(t) if t is not None and need else None for t, need in zip(flat, needs, strict=True)]
-        if grads[7] is not None and dlast_state is not None:
-            grads[7].copy_(dlast_state)
-        return grads, dz, out
+        empty = [torch.zeros_like(t) if t is not None and need else None for t, need in zip(flat, needs, strict=True)]
+        if empty[7] is not None and dlast_state is not None:
+            empty[7].copy_(dlast_state)
+        return empty, dz, out
 
     cuda, direct = extension(), is_direct(directions)
     padded, _, tile = cuda.scan_shape(dstate, direct)
@@ -153,7 +162,8 @@ def backward(
             grads[7] = dinitial = torch.empty_like(flat[7], dtype=torch.float32, memory_format=torch.contiguous_format)
         dlast = fp32(dlast_state) if i == 0 else None
         packed.append((d.reverse, *d.tensors, None, states[i], dlast, *results, dinitial))
-    cuda.scan_backward(*where(u), packed, z, as_int32(seq_idx), options.scale, options.delta_softplus, dout, dz, out)
+    rest = (options.scale, options.delta_softplus, within_reach(dout), dz, out)
+    cuda.scan_backward(*where(u), packed, within_reach(z), as_int32(seq_idx), *rest)
 
     for owner, rooms in parts.items():
         t = flat[owner]
