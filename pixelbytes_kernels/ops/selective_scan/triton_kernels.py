@@ -1,14 +1,16 @@
 """Triton kernels of the selective scan: sequential in time, parallel over batch and tiles of channels.
 
-Forward:  a program owns one batch row and BD channels of one group, both directions one after the other. State (NP, BD) in registers.
+Forward:  a program owns one batch row, BD channels of one group, and one direction. State (NP, BD) in registers.
 Backward: the same split. Chunks are walked against the scan; the states of a chunk are formed once more, one of every 4 kept in
           scratch memory, then those of 4 steps in registers, which are swept from the last to the first.
+Merge:    adds up what both directions left, and opens the gate.
 No shared memory is asked for, no atomics: what sums over channels or batch rows goes to partial sums of the program. Deterministic.
 
 Time goes by in blocks of 4 steps, cut at multiples of 4. What has no state is loaded, computed and stored as tiles (BD, 4) in the order of
 time; the recurrence takes their columns in the order of the scan. A step past the end changes nothing.
 NP is dstate rounded up to a power of two. All that has states is stored with the state innermost, so that Triton gives a thread 4 states
-of a few channels; a second layout of the states would mean conversions in every step. Offsets are 64-bit from the first product on.
+of a few channels; a second layout of the states would mean conversions in every step. Offsets between batch rows are
+64-bit; those within a row too where WIDE says that 32 bits might not do.
 """
 
 from __future__ import annotations
@@ -49,19 +51,33 @@ def sigmoid(x):
 
 @triton.jit
 def step_size(raw, valid, SOFTPLUS: tl.constexpr):
-    """delta as the recurrence uses it. A step that does not exist has next to none: its decay is 1, but also where A is infinite no NaN."""
+    """delta as the recurrence uses it. A step that does not exist has next to none: its decay is 1, and no NaN where A is infinite."""
     return tl.where(valid, softplus(raw) if SOFTPLUS else raw, 1e-38)
 
 
 @triton.jit
-def load_tile(pointer, at, st, mask):
-    """(BD, 4) of a tensor at the times `at` (4), as float32; `pointer` (BD) is at time 0."""
-    return tl.load(pointer[:, None] + (at.to(tl.int64) * st)[None, :], mask=mask, other=0.0).to(tl.float32)
+def offsets(channel, at, sd, st, WIDE: tl.constexpr):
+    """Of channels (BD) at times (4), from the start of a batch row."""
+    if WIDE:
+        return channel.to(tl.int64)[:, None] * sd + at.to(tl.int64)[None, :] * st
+    else:
+        return channel[:, None] * sd + at[None, :] * st
 
 
 @triton.jit
-def store_tile(pointer, at, st, tile, mask):
-    tl.store(pointer[:, None] + (at.to(tl.int64) * st)[None, :], tile.to(pointer.dtype.element_ty), mask=mask)
+def load_tile(pointer, channel, at, sd, st, mask, WIDE: tl.constexpr):
+    """(BD, 4) of a tensor as float32; `pointer` is at the start of the batch row."""
+    return tl.load(pointer + offsets(channel, at, sd, st, WIDE), mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_tile(pointer, channel, at, sd, st, tile, mask, WIDE: tl.constexpr):
+    tl.store(pointer + offsets(channel, at, sd, st, WIDE), tile.to(pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def wide(x, WIDE: tl.constexpr):
+    return x.to(tl.int64) if WIDE else x
 
 
 @triton.jit
@@ -129,13 +145,13 @@ def pick(d, first, second):
 
 
 @triton.jit
-def entering(h, seq_idx, t, seqlen, seq_st, sign):
+def entering(h, seq_idx, t, seqlen, seq_st, sign, WIDE: tl.constexpr):
     """The state that the step at t starts from, and whether it comes from the step before."""
     same = True
     if seq_idx is not None:
         inside = (t < seqlen) & (t - sign >= 0) & (t - sign < seqlen)
-        here = tl.load(seq_idx + t.to(tl.int64) * seq_st, mask=inside, other=0)
-        same = here == tl.load(seq_idx + (t - sign).to(tl.int64) * seq_st, mask=inside, other=0)
+        here = tl.load(seq_idx + wide(t, WIDE) * seq_st, mask=inside, other=0)
+        same = here == tl.load(seq_idx + wide(t - sign, WIDE) * seq_st, mask=inside, other=0)
         h = tl.where(same, h, 0.0)
     return h, same
 
@@ -149,342 +165,361 @@ def place(dim, channels, tiles, BD: tl.constexpr):
     b = (pid // (groups * tiles)).to(tl.int64)
     group = tile // tiles
     within = (tile % tiles) * BD + tl.arange(0, BD)
-    channel = (group * channels + within).to(tl.int64)
+    channel = group * channels + within
     return b, group.to(tl.int64), channel, within < channels, (tile % tiles) * groups + group
 
 
-@triton.jit(do_not_specialize=["batch", "dim", "channels", "tiles"])
+@triton.jit(do_not_specialize=["batch", "dim", "channels", "tiles", "reverse"])
 def scan_forward(
     u0, delta0, A0, B0, C0, D0, bias0, initial, last, states,
     u1, delta1, A1, B1, C1, D1, bias1,
     z, out, partial, seq_idx,
-    batch, dim, seqlen, channels, tiles, scale,
-    u0_sb, u0_sd, u0_st, delta0_sb, delta0_sd, delta0_st, B0_sb, B0_sg, B0_st, C0_sb, C0_sg, C0_st,
-    u1_sb, u1_sd, u1_st, delta1_sb, delta1_sd, delta1_st, B1_sb, B1_sg, B1_st, C1_sb, C1_sg, C1_st,
+    batch, dim, seqlen, channels, tiles, plane, reverse, scale,
+    in_sb, in_sd, in_st, B0_sb, B0_sg, B0_st, C0_sb, C0_sg, C0_st, B1_sb, B1_sg, B1_st, C1_sb, C1_sg, C1_st,
     z_sb, z_sd, z_st, out_sb, out_sd, out_st, seq_sb, seq_st,
-    DIRECTIONS: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, B_CONSTANT: tl.constexpr, C_CONSTANT: tl.constexpr,
-    DSTATE: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr,
+    DIRECTIONS: tl.constexpr, SOFTPLUS: tl.constexpr, B_CONSTANT: tl.constexpr, C_CONSTANT: tl.constexpr,
+    DSTATE: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Grid: batch x groups x tiles. `channels` of a group, `tiles` of a group. The first direction's y waits in `partial`, or in `out`."""
+    """Grid: batch x groups x tiles, directions; `channels` and `tiles` of a group. Two directions leave y in `partial`, `plane` apart."""
+    d = tl.program_id(1)
     b, group, channel, mask, tile = place(dim, channels, tiles, BD)
     n = tl.arange(0, NP)
     states_mask = (n[:, None] < DSTATE) & mask[None, :]
-    dn = channel[None, :] * DSTATE + n[:, None]  # in (dim, dstate)
-    row = b * dim * DSTATE + dn
+    dn = wide(channel, WIDE)[None, :] * DSTATE + n[:, None]  # in (dim, dstate)
+    row = b * dim * DSTATE  # of a tensor (batch, dim, dstate)
     chunks = tl.cdiv(seqlen, CHUNK)
     blocks = tl.cdiv(seqlen, 4)
-    waiting = out if partial is None else partial
-    out_at = b * out_sb + channel * out_sd
+    out_row = b * out_sb
     z_at = z
     sequence = seq_idx
     if z is not None:
-        z_at = z + (b * z_sb + channel * z_sd)
+        z_at = z + b * z_sb
     if seq_idx is not None:
         sequence = seq_idx + b * seq_sb
 
-    for d in range(DIRECTIONS):
+    down = d ^ reverse
+    sign = 1 - 2 * down
+    decay_rate = tl.load(pick(d, A0, A1) + dn, mask=states_mask, other=0.0).to(tl.float32) * LOG2E
+    skip = per_channel(D0 if D0 is None else pick(d, D0, D1), channel, mask)[:, None]
+    bias = per_channel(bias0 if bias0 is None else pick(d, bias0, bias1), channel, mask)[:, None]
+    B = pick(d, B0, B1)
+    C = pick(d, C0, C1)
+    B_st = pick(d, B0_st, B1_st)
+    C_st = pick(d, C0_st, C1_st)
+    B_constant = 0.0
+    C_constant = 0.0
+    if B_CONSTANT:
+        B_constant = tl.load(B + dn, mask=states_mask, other=0.0).to(tl.float32)
+    else:
+        B += b * pick(d, B0_sb, B1_sb) + group * pick(d, B0_sg, B1_sg)
+    if C_CONSTANT:
+        C_constant = tl.load(C + dn, mask=states_mask, other=0.0).to(tl.float32)
+    else:
+        C += b * pick(d, C0_sb, C1_sb) + group * pick(d, C0_sg, C1_sg)
+    u = pick(d, u0, u1) + b * in_sb
+    delta = pick(d, delta0, delta1) + b * in_sb
+    if initial is not None:
+        h = tl.load(initial + row + dn, mask=states_mask & (d == 0), other=0.0).to(tl.float32)
+    else:
+        h = tl.zeros([NP, BD], tl.float32)
+
+    # u and delta are loaded a block ahead: Triton moves no load over a store.
+    at = down * (blocks - 1) * 4 + tl.arange(0, 4)
+    there = mask[:, None] & (at < seqlen)[None, :]
+    u_next = load_tile(u, channel, at, in_sd, in_st, there, WIDE)
+    delta_next = load_tile(delta, channel, at, in_sd, in_st, there, WIDE)
+    for i in range(blocks):
+        block = down * (blocks - 1) + sign * i
+        if states is not None:  # noqa: SIM102 (the one is known to the compiler, the other is not)
+            # A chunk's entry is before its first block, upwards in time, or its last, downwards.
+            if (block % (CHUNK // 4) == down * (CHUNK // 4 - 1)) | (i == 0):
+                k = d * chunks + block // (CHUNK // 4)
+                tl.store(states + k.to(tl.int64) * batch * dim * DSTATE + row + dn, h, mask=states_mask)
+        start = tl.minimum(block * 4, seqlen)
+        at = start + tl.arange(0, 4)
+        valid = (at < seqlen)[None, :]
+        here = mask[:, None] & valid
+        x = u_next
+        dt = step_size(delta_next + bias, valid, SOFTPLUS)
+        ahead = at + 4 * sign
+        there = mask[:, None] & ((ahead < seqlen) & (ahead >= 0))[None, :]
+        u_next = load_tile(u, channel, ahead, in_sd, in_st, there, WIDE)
+        delta_next = load_tile(delta, channel, ahead, in_sd, in_st, there, WIDE)
+        dts = columns(dt, down, BD)
+        xdts = columns(x * dt, down, BD)
+        ys = ()
+        for s in tl.static_range(4):
+            t = start + s + down * (3 - 2 * s)
+            B_now = coefficient(B + wide(t, WIDE) * B_st, B_constant, n, t < seqlen, B_CONSTANT, DSTATE, NP)
+            C_now = coefficient(C + wide(t, WIDE) * C_st, C_constant, n, t < seqlen, C_CONSTANT, DSTATE, NP)
+            h, same = entering(h, sequence, t, seqlen, seq_st, sign, WIDE)
+            h = decay_of(dts[s], decay_rate, DSTATE, NP) * h + input_of(xdts[s], B_now, DSTATE, NP)
+            ys = ys + (tl.sum(h * C_now, axis=0),)
+        y = tile_of(ys[0], ys[1], ys[2], ys[3], down, BD) + skip * x
         if DIRECTIONS == 2:
-            tl.debug_barrier()  # what one lane has stored, another may load
-        down = d ^ REVERSE
-        sign = 1 - 2 * down
-        decay_rate = tl.load(pick(d, A0, A1) + dn, mask=states_mask, other=0.0).to(tl.float32) * LOG2E
-        skip = per_channel(D0 if D0 is None else pick(d, D0, D1), channel, mask)[:, None]
-        bias = per_channel(bias0 if bias0 is None else pick(d, bias0, bias1), channel, mask)[:, None]
-        B = pick(d, B0, B1)
-        C = pick(d, C0, C1)
-        B_st = pick(d, B0_st, B1_st)
-        C_st = pick(d, C0_st, C1_st)
-        B_constant = 0.0
-        C_constant = 0.0
-        if B_CONSTANT:
-            B_constant = tl.load(B + dn, mask=states_mask, other=0.0).to(tl.float32)
+            store_tile(partial + d * plane + out_row, channel, at, out_sd, out_st, y, here, WIDE)
         else:
-            B += b * pick(d, B0_sb, B1_sb) + group * pick(d, B0_sg, B1_sg)
-        if C_CONSTANT:
-            C_constant = tl.load(C + dn, mask=states_mask, other=0.0).to(tl.float32)
-        else:
-            C += b * pick(d, C0_sb, C1_sb) + group * pick(d, C0_sg, C1_sg)
-        u_st = pick(d, u0_st, u1_st)
-        delta_st = pick(d, delta0_st, delta1_st)
-        u = pick(d, u0, u1) + (b * pick(d, u0_sb, u1_sb) + channel * pick(d, u0_sd, u1_sd))
-        delta = pick(d, delta0, delta1) + (b * pick(d, delta0_sb, delta1_sb) + channel * pick(d, delta0_sd, delta1_sd))
-        if initial is not None:
-            h = tl.load(initial + row, mask=states_mask & (d == 0), other=0.0).to(tl.float32)
-        else:
-            h = tl.zeros([NP, BD], tl.float32)
-
-        # u and delta are loaded a block ahead: Triton moves no load over a store.
-        at = down * (blocks - 1) * 4 + tl.arange(0, 4)
-        there = mask[:, None] & (at < seqlen)[None, :]
-        u_next = load_tile(u, at, u_st, there)
-        delta_next = load_tile(delta, at, delta_st, there)
-        for i in range(blocks):
-            block = down * (blocks - 1) + sign * i
-            if states is not None:
-                # A chunk's entry is before its first block, upwards in time, or its last, downwards.
-                if (block % (CHUNK // 4) == down * (CHUNK // 4 - 1)) | (i == 0):
-                    k = d * chunks + block // (CHUNK // 4)
-                    tl.store(states + k.to(tl.int64) * batch * dim * DSTATE + row, h, mask=states_mask)
-            start = block * 4
-            at = start + tl.arange(0, 4)
-            valid = (at < seqlen)[None, :]
-            here = mask[:, None] & valid
-            x = u_next
-            dt = step_size(delta_next + bias, valid, SOFTPLUS)
-            ahead = at + 4 * sign
-            there = mask[:, None] & ((ahead < seqlen) & (ahead >= 0))[None, :]
-            u_next = load_tile(u, ahead, u_st, there)
-            delta_next = load_tile(delta, ahead, delta_st, there)
-            dts = columns(dt, down, BD)
-            xdts = columns(x * dt, down, BD)
-            ys = ()
-            for s in tl.static_range(4):
-                t = start + s + down * (3 - 2 * s)
-                B_now = coefficient(B + t.to(tl.int64) * B_st, B_constant, n, t < seqlen, B_CONSTANT, DSTATE, NP)
-                C_now = coefficient(C + t.to(tl.int64) * C_st, C_constant, n, t < seqlen, C_CONSTANT, DSTATE, NP)
-                h, same = entering(h, sequence, t, seqlen, seq_st, sign)
-                h = decay_of(dts[s], decay_rate, DSTATE, NP) * h + input_of(xdts[s], B_now, DSTATE, NP)
-                ys = ys + (tl.sum(h * C_now, axis=0),)
-            y = tile_of(ys[0], ys[1], ys[2], ys[3], down, BD) + skip * x
-            if DIRECTIONS == 2:
-                y += load_tile(waiting + out_at, at, out_st, here & (d == 1))
-            if d == DIRECTIONS - 1:
-                y = y * scale
-                if z is not None:
-                    gate = load_tile(z_at, at, z_st, here)
-                    y = y * (gate * sigmoid(gate))
-                store_tile(out + out_at, at, out_st, y, here)
-            else:
-                store_tile(waiting + out_at, at, out_st, y, here)
-        if last is not None:
-            tl.store(last + row, h, mask=states_mask & (d == 0))
+            y = y * scale
+            if z is not None:
+                gate = load_tile(z_at, channel, at, z_sd, z_st, here, WIDE)
+                y = y * (gate * sigmoid(gate))
+            store_tile(out + out_row, channel, at, out_sd, out_st, y, here, WIDE)
+    if last is not None:
+        tl.store(last + row + dn, h, mask=states_mask & (d == 0))
 
 
-@triton.jit(do_not_specialize=["batch", "dim", "channels", "tiles"])
+@triton.jit(do_not_specialize=["batch", "dim", "channels", "tiles", "reverse"])
 def scan_backward(
     u0, delta0, A0, B0, C0, D0, bias0, du0, ddelta0, dA0, dB0, dC0, dD0, dbias0, dlast, dinitial, states,
     u1, delta1, A1, B1, C1, D1, bias1, du1, ddelta1, dA1, dB1, dC1, dD1, dbias1,
     du_partial, ddelta_partial, z, dout, dz, out, y_partial, seq_idx, scratch,
-    batch, dim, seqlen, channels, tiles, scale,
-    u0_sb, u0_sd, u0_st, delta0_sb, delta0_sd, delta0_st, B0_sb, B0_sg, B0_st, C0_sb, C0_sg, C0_st,
-    u1_sb, u1_sd, u1_st, delta1_sb, delta1_sd, delta1_st, B1_sb, B1_sg, B1_st, C1_sb, C1_sg, C1_st,
-    du0_sb, du0_sd, du0_st, ddelta0_sb, ddelta0_sd, ddelta0_st,
-    du1_sb, du1_sd, du1_st, ddelta1_sb, ddelta1_sd, ddelta1_st,
-    z_sb, z_sd, z_st, dout_sb, dout_sd, dout_st, dz_sb, dz_sd, dz_st, out_sb, out_sd, out_st, seq_sb, seq_st,
-    DIRECTIONS: tl.constexpr, REVERSE: tl.constexpr, NEED_Y: tl.constexpr, SOFTPLUS: tl.constexpr,
-    SHARED_U: tl.constexpr, SHARED_DELTA: tl.constexpr, B_CONSTANT: tl.constexpr, C_CONSTANT: tl.constexpr,
-    DSTATE: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr,
+    batch, dim, seqlen, channels, tiles, plane, reverse, scale,
+    in_sb, in_sd, in_st, B0_sb, B0_sg, B0_st, C0_sb, C0_sg, C0_st, B1_sb, B1_sg, B1_st, C1_sb, C1_sg, C1_st,
+    z_sb, z_sd, z_st, out_sb, out_sd, out_st, seq_sb, seq_st,
+    DIRECTIONS: tl.constexpr, NEED_Y: tl.constexpr, SOFTPLUS: tl.constexpr,
+    B_CONSTANT: tl.constexpr, C_CONSTANT: tl.constexpr,
+    DSTATE: tl.constexpr, NP: tl.constexpr, BD: tl.constexpr, CHUNK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Grid as the forward. Of what both directions share, du0 and ddelta0 are the gradient, and the first direction's part waits in
-    the `_partial` buffers, (batch, seqlen, dim), as does its y. NEED_Y: for dz and `out`."""
+    """Grid as the forward. What both directions share leaves its gradients in the `_partial` buffers, each direction's `plane` apart, and
+    so does y of two directions. NEED_Y: for dz and `out`."""
+    d = tl.program_id(1)
     b, group, channel, mask, tile = place(dim, channels, tiles, BD)
     n = tl.arange(0, NP)
     states_mask = (n[:, None] < DSTATE) & mask[None, :]
-    dn = channel[None, :] * DSTATE + n[:, None]  # in (dim, dstate)
-    row = b * dim * DSTATE + dn
-    steps_row = (
-        (tile.to(tl.int64) * batch + b) * seqlen * DSTATE
-    )  # of the partial sums over channels, (tile, group, batch, seqlen, dstate)
-    partial_at = b * seqlen * dim + channel
-    scratch += tl.program_id(0).to(tl.int64) * (CHUNK // 4 * NP * BD)
+    dn = wide(channel, WIDE)[None, :] * DSTATE + n[:, None]  # in (dim, dstate)
+    row = b * dim * DSTATE  # of a tensor (batch, dim, dstate)
+    # Of the partial sums over channels, (tile, group, batch, seqlen, dstate).
+    steps_row = (tile.to(tl.int64) * batch + b) * seqlen * DSTATE
+    partial_row = b * out_sb
+    scratch += (d * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * (CHUNK // 4 * NP * BD)
     in_scratch = tl.arange(0, BD)[None, :] * NP + n[:, None]
     chunks = tl.cdiv(seqlen, CHUNK)
     blocks = tl.cdiv(seqlen, 4)
-    dout += b * dout_sb + channel * dout_sd
+    dout += b * in_sb
     z_at = z
     dz_at = dz
     out_at = out
     sequence = seq_idx
     if z is not None:
-        z_at = z + (b * z_sb + channel * z_sd)
+        z_at = z + b * z_sb
     if dz is not None:
-        dz_at = dz + (b * dz_sb + channel * dz_sd)
+        dz_at = dz + b * z_sb
     if out is not None:
-        out_at = out + (b * out_sb + channel * out_sd)
+        out_at = out + b * out_sb
     if seq_idx is not None:
         sequence = seq_idx + b * seq_sb
 
-    for d in range(DIRECTIONS):
-        down = d ^ REVERSE
-        sign = 1 - 2 * down
-        final = d == DIRECTIONS - 1
-        decay_rate = tl.load(pick(d, A0, A1) + dn, mask=states_mask, other=0.0).to(tl.float32) * LOG2E
-        skip = per_channel(D0 if D0 is None else pick(d, D0, D1), channel, mask)[:, None]
-        bias = per_channel(bias0 if bias0 is None else pick(d, bias0, bias1), channel, mask)[:, None]
-        B = pick(d, B0, B1)
-        C = pick(d, C0, C1)
-        B_st = pick(d, B0_st, B1_st)
-        C_st = pick(d, C0_st, C1_st)
-        B_constant = 0.0
-        C_constant = 0.0
-        if B_CONSTANT:
-            B_constant = tl.load(B + dn, mask=states_mask, other=0.0).to(tl.float32)
-        else:
-            B += b * pick(d, B0_sb, B1_sb) + group * pick(d, B0_sg, B1_sg)
-        if C_CONSTANT:
-            C_constant = tl.load(C + dn, mask=states_mask, other=0.0).to(tl.float32)
-        else:
-            C += b * pick(d, C0_sb, C1_sb) + group * pick(d, C0_sg, C1_sg)
-        u_st = pick(d, u0_st, u1_st)
-        delta_st = pick(d, delta0_st, delta1_st)
-        u = pick(d, u0, u1) + (b * pick(d, u0_sb, u1_sb) + channel * pick(d, u0_sd, u1_sd))
-        delta = pick(d, delta0, delta1) + (b * pick(d, delta0_sb, delta1_sb) + channel * pick(d, delta0_sd, delta1_sd))
-        if du0 is not None:
-            du_at = pick(d, du0, du1) + (b * pick(d, du0_sb, du1_sb) + channel * pick(d, du0_sd, du1_sd))
-            du_st = pick(d, du0_st, du1_st)
-        if ddelta0 is not None:
-            ddelta_at = pick(d, ddelta0, ddelta1) + (
-                b * pick(d, ddelta0_sb, ddelta1_sb) + channel * pick(d, ddelta0_sd, ddelta1_sd)
-            )
-            ddelta_st = pick(d, ddelta0_st, ddelta1_st)
-        if dB0 is not None:
-            dB = pick(d, dB0, dB1)
-        if dC0 is not None:
-            dC = pick(d, dC0, dC1)
+    down = d ^ reverse
+    sign = 1 - 2 * down
+    decay_rate = tl.load(pick(d, A0, A1) + dn, mask=states_mask, other=0.0).to(tl.float32) * LOG2E
+    skip = per_channel(D0 if D0 is None else pick(d, D0, D1), channel, mask)[:, None]
+    bias = per_channel(bias0 if bias0 is None else pick(d, bias0, bias1), channel, mask)[:, None]
+    B = pick(d, B0, B1)
+    C = pick(d, C0, C1)
+    B_st = pick(d, B0_st, B1_st)
+    C_st = pick(d, C0_st, C1_st)
+    B_constant = 0.0
+    C_constant = 0.0
+    if B_CONSTANT:
+        B_constant = tl.load(B + dn, mask=states_mask, other=0.0).to(tl.float32)
+    else:
+        B += b * pick(d, B0_sb, B1_sb) + group * pick(d, B0_sg, B1_sg)
+    if C_CONSTANT:
+        C_constant = tl.load(C + dn, mask=states_mask, other=0.0).to(tl.float32)
+    else:
+        C += b * pick(d, C0_sb, C1_sb) + group * pick(d, C0_sg, C1_sg)
+    u = pick(d, u0, u1) + b * in_sb
+    delta = pick(d, delta0, delta1) + b * in_sb
+    if du0 is not None:
+        du_at = pick(d, du0, du1) + b * out_sb
+    if ddelta0 is not None:
+        ddelta_at = pick(d, ddelta0, ddelta1) + b * out_sb
+    if dB0 is not None:
+        dB = pick(d, dB0, dB1)
+    if dC0 is not None:
+        dC = pick(d, dC0, dC1)
 
-        sum_A = tl.zeros([NP, BD], tl.float32)
-        sum_D = tl.zeros([BD, 4], tl.float32)
-        sum_bias = tl.zeros([BD, 4], tl.float32)
-        sum_B = tl.zeros([NP, BD], tl.float32) if B_CONSTANT else 0.0
-        sum_C = tl.zeros([NP, BD], tl.float32) if C_CONSTANT else 0.0
-        if dlast is not None:
-            dh = tl.load(dlast + row, mask=states_mask & (d == 0), other=0.0).to(tl.float32)
-        else:
-            dh = tl.zeros([NP, BD], tl.float32)
+    sum_A = tl.zeros([NP, BD], tl.float32)
+    sum_D = tl.zeros([BD, 4], tl.float32)
+    sum_bias = tl.zeros([BD, 4], tl.float32)
+    sum_B = tl.zeros([NP, BD], tl.float32) if B_CONSTANT else 0.0
+    sum_C = tl.zeros([NP, BD], tl.float32) if C_CONSTANT else 0.0
+    if dlast is not None:
+        dh = tl.load(dlast + row + dn, mask=states_mask & (d == 0), other=0.0).to(tl.float32)
+    else:
+        dh = tl.zeros([NP, BD], tl.float32)
 
-        for i in range(chunks):
-            k = down * i + (1 - down) * (chunks - 1 - i)  # against the scan
-            first = k * (CHUNK // 4)  # block of the chunk
-            parts = tl.minimum(blocks - first, CHUNK // 4)
-            tl.debug_barrier()  # what one lane has stored, another may load: the scratch memory and the waiting sums
-            h = tl.load(
-                states + (d * chunks + k).to(tl.int64) * batch * dim * DSTATE + row, mask=states_mask, other=0.0
-            )
-            for part in range(parts - 1):
-                tl.store(scratch + part * (NP * BD) + in_scratch, h)
-                start = (first + part + down * (parts - 1 - 2 * part)) * 4
-                at = start + tl.arange(0, 4)
-                valid = (at < seqlen)[None, :]
-                here = mask[:, None] & valid
-                x = load_tile(u, at, u_st, here)
-                dt = step_size(load_tile(delta, at, delta_st, here) + bias, valid, SOFTPLUS)
-                dts = columns(dt, down, BD)
-                xdts = columns(x * dt, down, BD)
-                for s in tl.static_range(4):
-                    t = start + s + down * (3 - 2 * s)
-                    B_now = coefficient(B + t.to(tl.int64) * B_st, B_constant, n, t < seqlen, B_CONSTANT, DSTATE, NP)
-                    h, same = entering(h, sequence, t, seqlen, seq_st, sign)
-                    h = decay_of(dts[s], decay_rate, DSTATE, NP) * h + input_of(xdts[s], B_now, DSTATE, NP)
-            tl.store(scratch + (parts - 1) * (NP * BD) + in_scratch, h)
-            tl.debug_barrier()
+    for i in range(chunks):
+        k = down * i + (1 - down) * (chunks - 1 - i)  # against the scan
+        first = k * (CHUNK // 4)  # block of the chunk
+        parts = tl.minimum(blocks - first, CHUNK // 4)
+        tl.debug_barrier()  # what one lane has stored in scratch memory, another may load
+        h = tl.load(
+            states + (d * chunks + k).to(tl.int64) * batch * dim * DSTATE + row + dn, mask=states_mask, other=0.0
+        )
+        for part in range(parts - 1):
+            tl.store(scratch + part * (NP * BD) + in_scratch, h)
+            start = tl.minimum((first + part + down * (parts - 1 - 2 * part)) * 4, seqlen)
+            at = start + tl.arange(0, 4)
+            valid = (at < seqlen)[None, :]
+            here = mask[:, None] & valid
+            x = load_tile(u, channel, at, in_sd, in_st, here, WIDE)
+            dt = step_size(load_tile(delta, channel, at, in_sd, in_st, here, WIDE) + bias, valid, SOFTPLUS)
+            dts = columns(dt, down, BD)
+            xdts = columns(x * dt, down, BD)
+            for s in tl.static_range(4):
+                t = start + s + down * (3 - 2 * s)
+                B_now = coefficient(B + wide(t, WIDE) * B_st, B_constant, n, t < seqlen, B_CONSTANT, DSTATE, NP)
+                h, same = entering(h, sequence, t, seqlen, seq_st, sign, WIDE)
+                h = decay_of(dts[s], decay_rate, DSTATE, NP) * h + input_of(xdts[s], B_now, DSTATE, NP)
+        tl.store(scratch + (parts - 1) * (NP * BD) + in_scratch, h)
+        tl.debug_barrier()
 
-            for back in range(parts):
-                part = parts - 1 - back
-                start = (first + part + down * (parts - 1 - 2 * part)) * 4
-                at = start + tl.arange(0, 4)
-                valid = (at < seqlen)[None, :]
-                here = mask[:, None] & valid
-                h = tl.load(scratch + part * (NP * BD) + in_scratch)
-                x = load_tile(u, at, u_st, here)
-                raw = load_tile(delta, at, delta_st, here) + bias
-                dy = load_tile(dout, at, dout_st, here) * scale
-                if z is not None:
-                    gate = load_tile(z_at, at, z_st, here)
-                    opening = sigmoid(gate)
-                    dgate = dy * opening * (1.0 + gate * (1.0 - opening))  # but for y
-                    gated = gate * opening
-                    dy = dy * gated
-                dt = step_size(raw, valid, SOFTPLUS)
-                dts = columns(dt, down, BD)
-                xdts = columns(x * dt, down, BD)
-                dys = columns(dy, down, BD)
-                entered = ()
-                sames = ()
-                for s in tl.static_range(4):
-                    t = start + s + down * (3 - 2 * s)
-                    B_now = coefficient(B + t.to(tl.int64) * B_st, B_constant, n, t < seqlen, B_CONSTANT, DSTATE, NP)
-                    entered = entered + (h,)
-                    h, same = entering(h, sequence, t, seqlen, seq_st, sign)
-                    sames = sames + (same,)
-                    h = decay_of(dts[s], decay_rate, DSTATE, NP) * h + input_of(xdts[s], B_now, DSTATE, NP)
-                ys = ()
-                dxdts = ()
-                drates = ()
-                for s in tl.static_range(3, -1, -1):
-                    t = start + s + down * (3 - 2 * s)
-                    t64 = t.to(tl.int64)
-                    C_now = coefficient(C + t64 * C_st, C_constant, n, t < seqlen, C_CONSTANT, DSTATE, NP)
-                    B_now = coefficient(B + t64 * B_st, B_constant, n, t < seqlen, B_CONSTANT, DSTATE, NP)
-                    if NEED_Y:
-                        ys = ys + (tl.sum(h * C_now, axis=0),)
-                    dyn = dys[s][None, :]
-                    dh += dyn * C_now
-                    if C_CONSTANT:
-                        sum_C += dyn * h
-                    elif dC0 is not None:
-                        tl.store(
-                            dC + steps_row + t64 * DSTATE + n, tl.sum(dyn * h, axis=1), mask=(t < seqlen) & (n < DSTATE)
-                        )
-                    if B_CONSTANT:
-                        sum_B += xdts[s][None, :] * dh
-                    elif dB0 is not None:
-                        share = tl.sum(xdts[s][None, :] * dh, axis=1)
-                        tl.store(dB + steps_row + t64 * DSTATE + n, share, mask=(t < seqlen) & (n < DSTATE))
-                    dxdts = dxdts + (tl.sum(dh * B_now, axis=0),)
-                    h = entered[s]
-                    if seq_idx is not None:
-                        h = tl.where(sames[s], h, 0.0)
-                    dh = dh * decay_of(dts[s], decay_rate, DSTATE, NP)
-                    drate = dh * h  # of dt A
-                    sum_A += drate * dts[s][None, :]
-                    drates = drates + (tl.sum(drate * decay_rate, axis=0),)
-                    if seq_idx is not None:
-                        dh = tl.where(sames[s], dh, 0.0)
-                        h = entered[s]
-
-                partial = partial_at[:, None] + (at.to(tl.int64) * dim)[None, :]
+        for back in range(parts):
+            part = parts - 1 - back
+            start = tl.minimum((first + part + down * (parts - 1 - 2 * part)) * 4, seqlen)
+            at = start + tl.arange(0, 4)
+            valid = (at < seqlen)[None, :]
+            here = mask[:, None] & valid
+            h = tl.load(scratch + part * (NP * BD) + in_scratch)
+            x = load_tile(u, channel, at, in_sd, in_st, here, WIDE)
+            raw = load_tile(delta, channel, at, in_sd, in_st, here, WIDE) + bias
+            dy = load_tile(dout, channel, at, in_sd, in_st, here, WIDE) * scale
+            if z is not None:
+                gate = load_tile(z_at, channel, at, z_sd, z_st, here, WIDE)
+                opening = sigmoid(gate)
+                dgate = dy * opening * (1.0 + gate * (1.0 - opening))  # but for y
+                gated = gate * opening
+                dy = dy * gated
+            dt = step_size(raw, valid, SOFTPLUS)
+            dts = columns(dt, down, BD)
+            xdts = columns(x * dt, down, BD)
+            dys = columns(dy, down, BD)
+            partial = partial_row + offsets(channel, at, out_sd, out_st, WIDE)
+            entered = ()
+            sames = ()
+            ys = ()
+            for s in tl.static_range(4):
+                t = start + s + down * (3 - 2 * s)
+                tw = wide(t, WIDE)
+                B_now = coefficient(B + tw * B_st, B_constant, n, t < seqlen, B_CONSTANT, DSTATE, NP)
+                h, same = entering(h, sequence, t, seqlen, seq_st, sign, WIDE)
+                entered = entered + (h,)
+                sames = sames + (same,)
+                h = decay_of(dts[s], decay_rate, DSTATE, NP) * h + input_of(xdts[s], B_now, DSTATE, NP)
                 if NEED_Y:
-                    y = tile_of(ys[3], ys[2], ys[1], ys[0], down, BD) + skip * x
-                    if DIRECTIONS == 2:
-                        y += tl.load(y_partial + partial, mask=here & final, other=0.0)
-                        tl.store(y_partial + partial, y, mask=here & (d == 0))
+                    C_now = coefficient(C + tw * C_st, C_constant, n, t < seqlen, C_CONSTANT, DSTATE, NP)
+                    ys = ys + (tl.sum(h * C_now, axis=0),)
+                if C_CONSTANT:
+                    sum_C += dys[s][None, :] * h
+                elif dC0 is not None:
+                    share = tl.sum(dys[s][None, :] * h, axis=1)
+                    tl.store(dC + steps_row + tw * DSTATE + n, share, mask=(t < seqlen) & (n < DSTATE))
+            if NEED_Y:
+                y = tile_of(ys[0], ys[1], ys[2], ys[3], down, BD) + skip * x
+                if DIRECTIONS == 2:
+                    tl.store(y_partial + d * plane + partial, y, mask=here)
+                else:
                     if dz is not None:
-                        store_tile(dz_at, at, dz_st, dgate * y, here & final)
+                        store_tile(dz_at, channel, at, z_sd, z_st, dgate * y, here, WIDE)
                     if out is not None:
-                        store_tile(out_at, at, out_st, y * scale * gated, here & final)
-                sum_D += dy * x
-                dxdt = tile_of(dxdts[3], dxdts[2], dxdts[1], dxdts[0], down, BD)
-                if du0 is not None:
-                    dx = dxdt * dt + skip * dy
-                    if SHARED_U:
-                        dx += tl.load(du_partial + partial, mask=here & final, other=0.0)
-                        tl.store(du_partial + partial, dx, mask=here & (d == 0))
-                        store_tile(du_at, at, du_st, dx, here & final)
-                    else:
-                        store_tile(du_at, at, du_st, dx, here)
-                ddt = tile_of(drates[3], drates[2], drates[1], drates[0], down, BD) * LN2 + dxdt * x
-                if SOFTPLUS:
-                    ddt = ddt * sigmoid(raw)
-                ddt = tl.where(valid, ddt, 0.0)
-                sum_bias += ddt
-                if ddelta0 is not None:
-                    if SHARED_DELTA:
-                        ddt += tl.load(ddelta_partial + partial, mask=here & final, other=0.0)
-                        tl.store(ddelta_partial + partial, ddt, mask=here & (d == 0))
-                        store_tile(ddelta_at, at, ddelta_st, ddt, here & final)
-                    else:
-                        store_tile(ddelta_at, at, ddelta_st, ddt, here)
+                        store_tile(out_at, channel, at, out_sd, out_st, y * scale * gated, here, WIDE)
+            dxdts = ()
+            ddts = ()
+            for s in tl.static_range(3, -1, -1):
+                t = start + s + down * (3 - 2 * s)
+                tw = wide(t, WIDE)
+                C_now = coefficient(C + tw * C_st, C_constant, n, t < seqlen, C_CONSTANT, DSTATE, NP)
+                B_now = coefficient(B + tw * B_st, B_constant, n, t < seqlen, B_CONSTANT, DSTATE, NP)
+                dh += dys[s][None, :] * C_now
+                if B_CONSTANT:
+                    sum_B += xdts[s][None, :] * dh
+                elif dB0 is not None:
+                    share = tl.sum(xdts[s][None, :] * dh, axis=1)
+                    tl.store(dB + steps_row + tw * DSTATE + n, share, mask=(t < seqlen) & (n < DSTATE))
+                dxdts = dxdts + (tl.sum(dh * B_now, axis=0),)
+                dh = dh * decay_of(dts[s], decay_rate, DSTATE, NP)
+                if s == 0:  # loaded again: one state less in registers
+                    before = tl.load(scratch + part * (NP * BD) + in_scratch)
+                    if seq_idx is not None:
+                        before = tl.where(sames[0], before, 0.0)
+                else:
+                    before = entered[s]
+                drate = dh * before  # of dt A
+                sum_A += drate * dts[s][None, :]
+                ddts = ddts + (tl.sum(drate * decay_rate, axis=0),)
+                if seq_idx is not None:
+                    dh = tl.where(sames[s], dh, 0.0)
 
-        # Sums over time: (batch, dim, dstate) and (batch, dim).
-        if dA0 is not None:
-            tl.store(pick(d, dA0, dA1) + row, sum_A, mask=states_mask)
-        if B_CONSTANT and dB0 is not None:
-            tl.store(dB + row, sum_B, mask=states_mask)
-        if C_CONSTANT and dC0 is not None:
-            tl.store(dC + row, sum_C, mask=states_mask)
-        if dD0 is not None:
-            tl.store(pick(d, dD0, dD1) + b * dim + channel, tl.sum(sum_D, axis=1), mask=mask)
-        if dbias0 is not None:
-            tl.store(pick(d, dbias0, dbias1) + b * dim + channel, tl.sum(sum_bias, axis=1), mask=mask)
-        if dinitial is not None:
-            tl.store(dinitial + row, dh, mask=states_mask & (d == 0))
+            sum_D += dy * x
+            dxdt = tile_of(dxdts[3], dxdts[2], dxdts[1], dxdts[0], down, BD)
+            dx = dxdt * dt + skip * dy
+            if du_partial is not None:
+                tl.store(du_partial + d * plane + partial, dx, mask=here)
+            elif du0 is not None:
+                store_tile(du_at, channel, at, out_sd, out_st, dx, here, WIDE)
+            ddt = tile_of(ddts[3], ddts[2], ddts[1], ddts[0], down, BD) * LN2 + dxdt * x
+            if SOFTPLUS:
+                ddt = ddt * sigmoid(raw)
+            ddt = tl.where(valid, ddt, 0.0)
+            sum_bias += ddt
+            if ddelta_partial is not None:
+                tl.store(ddelta_partial + d * plane + partial, ddt, mask=here)
+            elif ddelta0 is not None:
+                store_tile(ddelta_at, channel, at, out_sd, out_st, ddt, here, WIDE)
+
+    # Sums over time: (batch, dim, dstate) and (batch, dim).
+    if dA0 is not None:
+        tl.store(pick(d, dA0, dA1) + row + dn, sum_A, mask=states_mask)
+    if B_CONSTANT and dB0 is not None:
+        tl.store(dB + row + dn, sum_B, mask=states_mask)
+    if C_CONSTANT and dC0 is not None:
+        tl.store(dC + row + dn, sum_C, mask=states_mask)
+    if dD0 is not None:
+        tl.store(pick(d, dD0, dD1) + b * dim + channel, tl.sum(sum_D, axis=1), mask=mask)
+    if dbias0 is not None:
+        tl.store(pick(d, dbias0, dbias1) + b * dim + channel, tl.sum(sum_bias, axis=1), mask=mask)
+    if dinitial is not None:
+        tl.store(dinitial + row + dn, dh, mask=states_mask & (d == 0))
+
+
+@triton.jit(do_not_specialize=["dim", "blocks_d", "blocks_t"])
+def scan_merge(
+    y, du_partial, ddelta_partial, z, dout, out, dz, du, ddelta, dim, seqlen, blocks_d, blocks_t, plane, scale,
+    in_sb, in_sd, in_st, z_sb, z_sd, z_st, out_sb, out_sd, out_st,
+    BD: tl.constexpr, BT: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Grid: batch x blocks_d x blocks_t. out = scale (y of both directions) silu(z), its gradient to z, and the sums of du and ddelta."""
+    pid = tl.program_id(0)
+    b = (pid // (blocks_d * blocks_t)).to(tl.int64)
+    channel = (pid // blocks_t % blocks_d) * BD + tl.arange(0, BD)
+    at = (pid % blocks_t) * BT + tl.arange(0, BT)
+    here = (channel < dim)[:, None] & (at < seqlen)[None, :]
+    row = b * out_sb + offsets(channel, at, out_sd, out_st, WIDE)
+    if y is not None:
+        value = (tl.load(y + row, mask=here) + tl.load(y + plane + row, mask=here)) * scale
+        opened = value
+        if z is not None:
+            gate = load_tile(z + b * z_sb, channel, at, z_sd, z_st, here, WIDE)
+            opening = sigmoid(gate)
+            opened = value * (gate * opening)
+            if dz is not None:
+                dy = load_tile(dout + b * in_sb, channel, at, in_sd, in_st, here, WIDE)
+                store_tile(
+                    dz + b * z_sb,
+                    channel,
+                    at,
+                    z_sd,
+                    z_st,
+                    dy * value * opening * (1.0 + gate * (1.0 - opening)),
+                    here,
+                    WIDE,
+                )
+        if out is not None:
+            store_tile(out + b * out_sb, channel, at, out_sd, out_st, opened, here, WIDE)
+    if du_partial is not None:
+        total = tl.load(du_partial + row, mask=here) + tl.load(du_partial + plane + row, mask=here)
+        store_tile(du + b * out_sb, channel, at, out_sd, out_st, total, here, WIDE)
+    if ddelta_partial is not None:
+        total = tl.load(ddelta_partial + row, mask=here) + tl.load(ddelta_partial + plane + row, mask=here)
+        store_tile(ddelta + b * out_sb, channel, at, out_sd, out_st, total, here, WIDE)
