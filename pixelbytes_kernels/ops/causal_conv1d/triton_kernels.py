@@ -34,7 +34,7 @@ def past_input(
     """The values of step s, which may lie before step 0."""
     value = step_input(row, s, seqlen, stride, mask, seqlen, REVERSE)
     if HAS:
-        i = s + (WIDTH - 1)
+        i = (s + (WIDTH - 1)).to(tl.int64)
         value += tl.load(past + i * past_stride, mask=mask & (s < 0) & (i >= 0), other=0.0).to(tl.float32)
     return value
 
@@ -151,7 +151,7 @@ def forward_kernel(
 def final_gradient(row, s, stride, like, mask, seqlen, WIDTH: tl.constexpr, HAS: tl.constexpr):
     """What the gradient of the final states gives to the input of step s, which may lie before step 0."""
     if HAS:
-        i = s - (seqlen - (WIDTH - 1))
+        i = (s - (seqlen - (WIDTH - 1))).to(tl.int64)
         return tl.load(row + i * stride, mask=mask & (i >= 0) & (i < WIDTH - 1), other=0.0).to(tl.float32)
     return tl.zeros_like(like)
 
@@ -188,7 +188,7 @@ def backward_step(
         at = dx_row + place(to, seqlen, REVERSE) * dx_time
         tl.store(at, done.to(dx_row.dtype.element_ty), mask=mask & (to >= first) & (to < end))
     if PAST:
-        tl.store(past_row + s * past_step, done.to(past_row.dtype.element_ty), mask=mask & (to < 0))
+        tl.store(past_row + s.to(tl.int64) * past_step, done.to(past_row.dtype.element_ty), mask=mask & (to < 0))
     return a0, a1, a2, d0, d1, d2, d3, db
 
 

@@ -38,15 +38,17 @@ def update_kernel(
     p1 = entry(state_row, last - 1, last, state_step, mask)
     p2 = entry(state_row, last - 2, last, state_step, mask)
     p3 = entry(state_row, last - 3, last, state_step, mask)
-    for t in range(seqlen):
+    for step in range(seqlen):
+        t = b * 0 + step  # 64 bits
         x0 = tl.load(x_row + t * x_time, mask=mask, other=0.0).to(tl.float32)
         y = weighted(k0, k1, k2, k3, shift, x0, p1, p2, p3, WIDTH)
         if SILU:
             y = y / (1.0 + tl.exp(-y))
         tl.store(out_row + t * out_time, y.to(out.dtype.element_ty), mask=mask)
         p1, p2, p3 = x0, p1, p2
-    for i in range(state_len):
-        ahead = last * 0 + i + seqlen
+    for entry_number in range(state_len):
+        i = b * 0 + entry_number
+        ahead = i + seqlen
         old = entry(state_row, ahead, last, state_step, mask)
         new = tl.load(x_row + (ahead - last) * x_time, mask=mask & (ahead >= last), other=0.0).to(tl.float32)
         value = tl.where(ahead < last, old, new)

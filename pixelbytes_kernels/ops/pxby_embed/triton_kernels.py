@@ -181,7 +181,7 @@ def backward_kernel(
         for p in tl.static_range(9):
             token = tl.load(cell + (p // 3) * t_row + (p % 3) * t_column, mask=n < count, other=0).to(tl.int64)
             key = tl.where((token >= 0) & (token < vocab), token * 9 + p, vocab * 9)
-            tl.store(keys + p * count + n, key.to(keys.dtype.element_ty), mask=n < count)
+            tl.store(keys + (tl.zeros_like(n) + count) * p + n, key.to(keys.dtype.element_ty), mask=n < count)
     to = sums + tl.program_id(0).to(tl.int64) * 3 * dim + column
     tl.store(to, tl.sum(dweight, axis=0), mask=column < dim)
     tl.store(to + dim, tl.sum(dbias, axis=0), mask=column < dim)
