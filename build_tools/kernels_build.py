@@ -148,7 +148,7 @@ def cuda_jobs(root: Path, build: Path, nvcc: str, cxx: list[str], archs: list[st
     jobs = [Job(build / f"{p.stem}.cu.o", [*device, *includes, "-c", str(p)]) for p in sorted(cuda.glob("*.cu"))]
     for p in sorted(cuda.glob("*.cpp")):
         named = f'-DPIXELBYTES_CUDA_ARCHS="{",".join(archs)}"'
-        jobs.append(Job(build / f"{p.stem}.o", [*cxx, *CXX_FLAGS, *includes, named, "-c", str(p)]))
+        jobs.append(Job(build / f"{p.stem}.o", [*cxx, *CXX_FLAGS, "-O1", *includes, named, "-c", str(p)]))  # glue
     return jobs
 
 

@@ -125,6 +125,7 @@ __device__ void load_weights(const ConvParams<T>& p, int64_t d, float (&w)[kTaps
 
 template <class T, int kVec>
 __global__ void __launch_bounds__(kThreads) conv_forward_channels(const ConvParams<T> p) {
+  if constexpr (!kRunsHere<T>) return;
   const Owned o = owned<kVec>(p);
   if (!o.any) return;
   constexpr int kAhead = 4;  // steps loaded together
@@ -183,6 +184,7 @@ __device__ inline float before_silu(float dout, float pre, bool is_silu) { retur
 
 template <class T, int kVec>
 __global__ void __launch_bounds__(kThreads, 4) conv_backward_channels(const ConvParams<T> p) {
+  if constexpr (!kRunsHere<T>) return;
   const Owned o = owned<kVec>(p);
   if (!o.any) return;
   float w[kTaps][kVec], bias[kVec], past[kHalo][kVec], dw[kTaps][kVec] = {}, dbias[kVec] = {};
@@ -335,6 +337,7 @@ __device__ Row warp_row(const Params& p) {
 
 template <class T, int kVec>
 __global__ void __launch_bounds__(kThreads) conv_forward_time(const ConvParams<T> p) {
+  if constexpr (!kRunsHere<T>) return;
   const Row r = warp_row(p);
   if (!r.any) return;  // whole warps
   const int lane = threadIdx.x % 32;
@@ -363,6 +366,7 @@ __global__ void __launch_bounds__(kThreads) conv_forward_time(const ConvParams<T
 
 template <class T, int kVec>
 __global__ void __launch_bounds__(kThreads) conv_backward_time(const ConvParams<T> p) {
+  if constexpr (!kRunsHere<T>) return;
   const Row r = warp_row(p);
   if (!r.any) return;  // whole warps
   const int lane = threadIdx.x % 32;

@@ -16,6 +16,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "../tensor.h"
 #include "launch.h"
@@ -41,6 +42,15 @@ template <>
 __device__ inline __half from_float<__half>(float v) { return __float2half_rn(v); }
 template <>
 __device__ inline __nv_bfloat16 from_float<__nv_bfloat16>(float v) { return __float2bfloat16_rn(v); }
+
+// Whether kernels for T are compiled for this architecture: bfloat16 is refused below compute capability 8.0, so its code would be dead weight.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+template <class T>
+constexpr bool kRunsHere = !std::is_same_v<T, __nv_bfloat16>;
+#else
+template <class T>
+constexpr bool kRunsHere = true;
+#endif
 
 // ---- global memory --------------------------------------------------------------------------------------------------------------------
 

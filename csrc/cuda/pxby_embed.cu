@@ -114,6 +114,7 @@ __device__ float gathered(const EmbedParams<T>& p, unsigned n, int lane, float (
 
 template <class T, int kVec, int kPackets>
 __global__ void __launch_bounds__(kThreads) embed_forward_kernel(const EmbedParams<T> p) {
+  if constexpr (!kRunsHere<T>) return;
   const unsigned lane = threadIdx.x % p.lanes, n = blockIdx.x * (kThreads / p.lanes) + threadIdx.x / p.lanes;
   float v[kPackets][kVec];
   const float scale = gathered<T, kVec, kPackets>(p, min(n, p.count - 1), lane, v);  // lanes without a token follow the last one
@@ -133,6 +134,7 @@ __global__ void __launch_bounds__(kThreads) embed_forward_kernel(const EmbedPara
 
 template <class T, int kVec, int kPackets>
 __global__ void __launch_bounds__(kThreads) embed_backward_kernel(const EmbedParams<T> p) {
+  if constexpr (!kRunsHere<T>) return;
   const unsigned lane = threadIdx.x % p.lanes, group = blockIdx.x * (kThreads / p.lanes) + threadIdx.x / p.lanes;
   float dweight[kPackets][kVec] = {}, dbias[kPackets][kVec] = {}, dshift[kPackets][kVec] = {};
   for (unsigned first = 0; first < p.count; first += p.groups) {
