@@ -43,7 +43,12 @@ def jobs(build: Path, cxx: list[str], sources: list[Path]) -> list[Job]:
 
     folders = (EMULATOR, ROOT / "csrc", pybind11.get_include(), sysconfig.get_path("include"))
     command = [*cxx, *FLAGS, *WARNINGS, *(f"-I{folder}" for folder in folders)]
-    return [Job(build / f"{p.name}.o", [*command, "-x", "c++", "-c", str(p)]) for p in sources]
+    return [Job(build / f"{p.name}.o", [*command, *quick(p), "-x", "c++", "-c", str(p)]) for p in sources]
+
+
+def quick(source: Path) -> list[str]:
+    """Bindings do no work worth an optimiser's time."""
+    return ["-O0"] if source.name.startswith("bind") else []
 
 
 def build_library(name: str, sources: list[Path], folder: Path | None = None) -> Path:
