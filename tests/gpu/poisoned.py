@@ -45,10 +45,10 @@ class Margins:
 
 
 @contextlib.contextmanager
-def poisoned_allocations(module: object) -> Iterator[Margins]:
-    """`torch.empty`, `empty_like` and `Tensor.new_empty` give poisoned buffers, also outputs and scratch memory; checks at the end."""
+def poisoned_allocations() -> Iterator[Margins]:
+    """`torch.empty_like`, `Tensor.new_empty` and `new_empty_strided` give poisoned buffers: outputs, scratch memory. Checks at the end."""
     margins = Margins()
-    real_empty_like = torch.empty_like
+    real_empty_like, real_empty_strided = torch.empty_like, Tensor.new_empty_strided
 
     def strides_of(shape: tuple[int, ...]) -> tuple[int, ...]:
         return torch.empty(shape, device="meta").stride()
@@ -57,6 +57,8 @@ def poisoned_allocations(module: object) -> Iterator[Margins]:
         return tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else tuple(shape)
 
     def empty_like(like: Tensor, dtype=None, device=None, **kwargs) -> Tensor:
+        if device == "meta":  # asked for its strides
+            return real_empty_like(like, device=device, **kwargs)
         stride = real_empty_like(like, device="meta", **kwargs).stride()
         return margins.new("empty_like", tuple(like.shape), stride, dtype or like.dtype, device or like.device)
 
@@ -64,6 +66,15 @@ def poisoned_allocations(module: object) -> Iterator[Margins]:
         shape = as_shape(shape)
         return margins.new("new_empty", shape, strides_of(shape), dtype or self.dtype, device or self.device)
 
-    with mock.patch.object(torch, "empty_like", empty_like), mock.patch.object(Tensor, "new_empty", new_empty):
+    def new_empty_strided(self: Tensor, shape, stride, dtype=None, device=None) -> Tensor:
+        if device == "meta":
+            return real_empty_strided(self, shape, stride, dtype=dtype, device=device)
+        return margins.new("new_empty_strided", tuple(shape), tuple(stride), dtype or self.dtype, device or self.device)
+
+    with (
+        mock.patch.object(torch, "empty_like", empty_like),
+        mock.patch.object(Tensor, "new_empty", new_empty),
+        mock.patch.object(Tensor, "new_empty_strided", new_empty_strided),
+    ):
         yield margins
     margins.check()

@@ -103,7 +103,7 @@ def test_margins(reverse, channels_last):
     tensors = [inside.get(n) for n in ("x", "weight", "bias", "seq_idx", "initial_states")]
     wanted = [t.requires_grad_() for t in tensors if t is not None and t.is_floating_point()]
     generator = torch.Generator().manual_seed(1)  # the output gradients of `run`
-    with poisoned_allocations(None):
+    with poisoned_allocations():
         outputs = Convolution.apply("triton", False, reverse, channels_last, *tensors)[: 1 + channels_last]
         grads = [torch.randn(o.shape, generator=generator, dtype=torch.float64) for o in outputs]
         grads = [margins.around("dout", g.to(torch.bfloat16).to(o.dtype)) for g, o in zip(grads, outputs, strict=True)]

@@ -82,7 +82,7 @@ def test_unknown_id_unchecked(form, bad, monkeypatch):
     inputs = small(vocab=4)
     inputs["tokens"][1, 3, 0, 2] = bad
     margins = Margins()
-    with poisoned_allocations(None):
+    with poisoned_allocations():
         inside = {k: margins.around(k, v) for k, v in inputs.items()}
         result = run(pxby_embed, inside, backend="triton")
     margins.check()
@@ -104,7 +104,7 @@ def test_margins(form):
     inputs = small(vocab=4, dim=18)
     expected = run(pxby_embed, inputs, backend="triton")
     margins = Margins()
-    with poisoned_allocations(None):
+    with poisoned_allocations():
         got = run(pxby_embed, {k: margins.around(k, v) for k, v in inputs.items()}, backend="triton")
     margins.check()
     for name, value in expected.items():
@@ -136,7 +136,7 @@ def test_sums_by_key(whole):
     if whole:
         keys[3] = 4
     expected = torch.zeros(51, 20, dtype=torch.float64).index_add_(0, keys.long(), rows.double().repeat(4, 1))[:50]
-    with poisoned_allocations(None):  # most parts are never written, and must not be read
+    with poisoned_allocations():  # most parts are never written, and must not be read
         got = triton_path.sums_by_key(rows, keys, 50, rows.sum(0) if whole else None)
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
     assert (got[:4] == 0).all()

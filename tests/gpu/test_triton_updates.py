@@ -82,7 +82,7 @@ def test_margins_of_the_state_update():
     expected = selective_state_update(**{**inputs, "state": inputs["state"].clone()}, backend="triton")
     margins = Margins()
     inside = {k: margins.around(k, v) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-    with poisoned_allocations(None):
+    with poisoned_allocations():
         out = selective_state_update(**inside, backend="triton")
     margins.check()
     assert torch.equal(out, expected)
@@ -138,7 +138,7 @@ def test_margins_of_the_convolution_step():
     expected = causal_conv1d_update(inputs["x"], plain, *args, backend="triton")
     margins = Margins()
     inside = margins.around("conv_state", state)
-    with poisoned_allocations(None):
+    with poisoned_allocations():
         x, weight = margins.around("x", inputs["x"]), margins.around("weight", inputs["weight"])
         out = causal_conv1d_update(x, inside, weight, *args[1:], backend="triton")
     margins.check()
