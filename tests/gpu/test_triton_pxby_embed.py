@@ -61,6 +61,13 @@ def test_variants(form, conv, gate, bias):
     check(small(conv=conv, gate=gate, bias=bias, width=2))
 
 
+def test_rows_of_the_mixing_in_tiles(monkeypatch):
+    """As with more than 113 channels of an embedding."""
+    monkeypatch.setattr(triton_path, "folded_is_cheaper", lambda *sizes: True)
+    monkeypatch.setattr(triton_path, "mixing_blocks", lambda width: triton_path.MixingBlocks(3, 8, 4))
+    check(small(width=2))
+
+
 @pytest.mark.parametrize("ids", [torch.uint8, torch.int16], ids=str)
 def test_ids_are_read_as_they_are(monkeypatch, ids):
     monkeypatch.setattr(triton_path, "folded_is_cheaper", lambda *sizes: True)

@@ -134,18 +134,26 @@ def mixing_of(wide: Sequence[Tensor | None]) -> Tensor:
     assert emb is not None
     width = emb.shape[1]
     mixing = emb.new_empty(9 * width + 1, 9 * width)
+    blocks = mixing_blocks(width)
     launch(
-        OP, kernels.mixing_kernel, (9 * width + 1,), emb,
-        **convolution(emb, conv_weight, conv_bias, alpha), mixing=mixing, width=width,
-        **variant(conv_weight, conv_bias, alpha), **mixing_blocks(width),
+        OP, kernels.mixing_kernel, ((9 * width + 1) * blocks.tiles,), emb,
+        **convolution(emb, conv_weight, conv_bias, alpha), mixing=mixing, width=width, tiles=blocks.tiles,
+        **variant(conv_weight, conv_bias, alpha), BLOCK=blocks.width, num_warps=blocks.num_warps,
     )  # fmt: skip
     return mixing
 
 
-def mixing_blocks(width: int) -> dict[str, int]:
-    """A row of the mixing and the warps for it, at most 16 elements a thread up to 910 channels of an embedding."""
-    block = next_power_of_2(9 * width)
-    return {"BLOCK": block, "num_warps": min(16, max(4, block // 128))}
+class MixingBlocks(NamedTuple):
+    """Tiles of a row of the mixing, their width, and the warps for one."""
+
+    tiles: int
+    width: int
+    num_warps: int
+
+
+def mixing_blocks(width: int) -> MixingBlocks:
+    block = min(1024, next_power_of_2(9 * width))
+    return MixingBlocks(cdiv(9 * width, block), block, max(4, block // 128))
 
 
 def convolution(
@@ -184,23 +192,29 @@ def projection_gradients(
     wide: Sequence[Tensor | None], mixing: Tensor, dprojection: Tensor, dshift: Tensor
 ) -> list[Tensor | None]:
     """From the gradients of (9 E, D) and (D) to those of conv_weight, conv_bias, alpha, proj_weight and proj_bias."""
-    emb, conv_weight, conv_bias, alpha, proj_weight, _ = wide[:6]
-    assert emb is not None and proj_weight is not None
-    width = emb.shape[1]
+    conv_weight, alpha, proj_weight = wide[1], wide[3], wide[4]
+    assert proj_weight is not None
     both = torch.cat([dprojection, dshift[None]])
-    dproj = both.T @ mixing
     dconv = dbias = dalpha = None
     if conv_weight is not None or alpha is not None:
-        dmixing = both @ proj_weight
-        dconv = emb.new_empty(width, width, 9)
-        dbias, dgate = emb.new_empty(width), emb.new_empty(width, 9)
-        launch(
-            OP, kernels.mixing_backward_kernel, (width,), emb, dmixing=dmixing, dshift=dmixing[-1],
-            **convolution(emb, conv_weight, conv_bias, alpha), dconv=dconv, dbias=dbias, dgate=dgate, width=width,
-            **variant(conv_weight, conv_bias, alpha), **mixing_blocks(width),
-        )  # fmt: skip
-        dalpha = None if alpha is None else dgate.sum(0)
-    return [dconv, dbias, dalpha, dproj, dshift]
+        dconv, dbias, dalpha = mixing_gradients(wide, both @ proj_weight)
+    return [dconv, dbias, dalpha, both.T @ mixing, dshift]
+
+
+def mixing_gradients(wide: Sequence[Tensor | None], dmixing: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """From the gradient of the mixing to those of conv_weight (E, E, 9), conv_bias (E) and alpha (9); of what is absent, anything."""
+    emb, conv_weight, conv_bias, alpha = wide[:4]
+    assert emb is not None
+    width = emb.shape[1]
+    blocks = mixing_blocks(width)
+    dconv, dbias = emb.new_empty(width, width, 9), emb.new_empty(width)
+    dgate = emb.new_empty(width * blocks.tiles, 9)
+    launch(
+        OP, kernels.mixing_backward_kernel, (width * blocks.tiles,), emb, dmixing=dmixing, dshift=dmixing[-1],
+        **convolution(emb, conv_weight, conv_bias, alpha), dconv=dconv, dbias=dbias, dgate=dgate, width=width,
+        tiles=blocks.tiles, **variant(conv_weight, conv_bias, alpha), BLOCK=blocks.width, num_warps=blocks.num_warps,
+    )  # fmt: skip
+    return dconv, dbias, dgate.sum(0) if alpha is not None else dgate
 
 
 # ---- sums by key ------------------------------------------------------------------------------------------------------
@@ -310,20 +324,28 @@ def backward_direct(
 
 
 def aot_cases() -> list[Case]:
-    """Every width of a program, up to the widest; ids and weights of either size; the form without a table."""
+    """Every width of a program, up to the widest; ids and weights of either size; the form without a table; every width of a mixing."""
+
+    def weights_of(width: int, dim: int, dtype: torch.dtype) -> list[Tensor]:
+        sizes = ((40, width), (width, width, 3, 3), (width,), (1, 1, 3, 3), (dim, 9 * width), (dim,), (dim,), (dim,))
+        return [torch.empty(size, dtype=dtype) for size in sizes]
 
     def case(dim: int, dtype: torch.dtype, ids: torch.dtype, folded: bool) -> Case:
-        vocab, width = 40, max(9, dim // 9)
-        sizes = ((vocab, width), (width, width, 3, 3), (width,), (1, 1, 3, 3), (dim, 9 * width), (dim,), (dim,), (dim,))
-        tokens = torch.zeros(2, 64, 3, 3, dtype=ids)
-
         def run() -> None:
-            weights = [torch.empty(size, dtype=dtype) for size in sizes]
+            weights, tokens = weights_of(9, dim, dtype), torch.zeros(2, 64, 3, 3, dtype=ids)
             forward(tokens, weights, 1e-5, folded)
             backward(tokens, weights, 1e-5, torch.empty(2, 64, dim, dtype=dtype), [True] * 8, folded)
 
         name = f"{str(dtype).removeprefix('torch.')}, {str(ids).removeprefix('torch.')} ids, D {dim}"
         return Case(name if folded else f"{name}, no table", run)
 
+    def mixing_case(width: int) -> Case:
+        def run() -> None:
+            weights = weights_of(width, 1, torch.float32)
+            mixing_gradients(weights, torch.empty_like(mixing_of(weights)))
+
+        return Case(f"E {width}", run)
+
     plain = (case(2**i, torch.float32, torch.int64, True) for i in range(4, 14))
-    return [*plain, *(case(d, torch.float16, torch.uint8, f) for d, f in ((64, True), (256, True), (64, False)))]
+    other = (case(d, torch.float16, torch.uint8, f) for d, f in ((64, True), (256, True), (64, False)))
+    return [*plain, *other, *(mixing_case(width) for width in (28, 56, 113, 227))]

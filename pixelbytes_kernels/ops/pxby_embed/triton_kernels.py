@@ -30,12 +30,12 @@ def path_weights(alpha, p, mask, CONV: tl.constexpr, GATE: tl.constexpr):
 
 @triton.jit
 def mixing_kernel(
-    conv_weight, conv_bias, alpha, mixing, width,
+    conv_weight, conv_bias, alpha, mixing, width, tiles,
     CONV: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program writes one row of the mixing."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
+    """A program writes a tile of one row of the mixing."""
+    row = tl.program_id(0).to(tl.int64) // tiles
+    column = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
     mask = column < 9 * width
     p_in = row % 9
     channel, p = column // 9, column % 9
@@ -54,15 +54,16 @@ def mixing_kernel(
 
 @triton.jit
 def mixing_backward_kernel(
-    dmixing, dshift, conv_weight, conv_bias, alpha, dconv, dbias, dgate, width,
+    dmixing, dshift, conv_weight, conv_bias, alpha, dconv, dbias, dgate, width, tiles,
     CONV: tl.constexpr, BIAS: tl.constexpr, GATE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program owns one channel out: its rows of dconv (E, E, 9), dbias (E) and its part of the gate's gradient, dgate (E, 9).
+    """A program owns a tile of one channel out: of its rows of dconv (E, E, 9), and a part of the gate's gradient, dgate (E * tiles, 9).
 
-    dshift: the last row of dmixing.
+    The first tile also has dbias (E) and what the gate gets otherwise. dshift: the last row of dmixing.
     """
-    out = tl.program_id(0).to(tl.int64)
-    j = tl.arange(0, BLOCK)  # (channel in, tap)
+    out = tl.program_id(0).to(tl.int64) // tiles
+    tile = tl.program_id(0) % tiles
+    j = tile * BLOCK + tl.arange(0, BLOCK)  # (channel in, tap)
     mask = j < 9 * width
     channel, tap = j // 9, j % 9
     size = 9 * width
@@ -72,10 +73,10 @@ def mixing_backward_kernel(
     if CONV:
         weight = tl.load(conv_weight + out * size + j, mask=mask, other=0.0).to(tl.float32)
         if BIAS:
-            bias = tl.load(conv_bias + out).to(tl.float32)
+            bias = tl.load(conv_bias + out, mask=tile == 0, other=0.0).to(tl.float32)
     for p in tl.static_range(9):
         keep, mix = path_weights(alpha, tl.full((1,), p, tl.int32), True, CONV, GATE)
-        dkeep = tl.load(dmixing + (out * 9 + p) * (size + 1))
+        dkeep = tl.load(dmixing + (out * 9 + p) * (size + 1), mask=tile == 0, other=0.0)
         dmix = 0.0
         if CONV:
             y, x = p // 3 + tap // 3 - 1, p % 3 + tap % 3 - 1
@@ -85,15 +86,15 @@ def mixing_backward_kernel(
             total += mix * d
             dmix += tl.sum(tl.where(reached, weight * d, 0.0))
             if BIAS:
-                d = tl.load(dshift + out * 9 + p)
+                d = tl.load(dshift + out * 9 + p, mask=tile == 0, other=0.0)
                 dbias_total += tl.sum(mix * d)
                 dmix += bias * d
         if GATE:
-            tl.store(dgate + out * 9 + p + tl.arange(0, 1), keep * mix * (dkeep - dmix))
+            tl.store(dgate + (out * tiles + tile) * 9 + p + tl.arange(0, 1), keep * mix * (dkeep - dmix))
     if CONV:
         tl.store(dconv + out * size + j, total, mask=mask)
         if BIAS:
-            tl.store(dbias + out, dbias_total)
+            tl.store(dbias + out, dbias_total, mask=tile == 0)
 
 
 @triton.jit
