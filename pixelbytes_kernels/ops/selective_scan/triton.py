@@ -26,19 +26,46 @@ class Plan(NamedTuple):
 
 
 def plan(
-    programs: int, channels: int, dstate: int, device: Device, *, backward: bool = False, resets: bool = False
+    programs: int,
+    channels: int,
+    dstate: int,
+    device: Device,
+    *,
+    backward: bool = False,
+    directions: int = 2,
+    resets: bool = False,
+    more: bool = False,
 ) -> Plan:
     """Sizes for `programs` groups of `channels` channels each, counted over batch rows and directions.
 
-    A warp holds 16 numbers of the state a thread, in the backward 8, with resets 4: what the registers allow. Fewer where that would leave a
-    GPU with too few warps to hide latency.
+    `numbers` of the state are what the registers hold, and `registers` is a limit, so that nothing spills and a T4 can have half of its threads
+    resident, in the backward a quarter; found by `python -m gpu_checks.triton_budget`. Fewer channels where a GPU would be left with too
+    few warps to hide latency.
     """
     states = next_power_of_2(dstate)
-    largest = (8 if resets else 16) if backward else 32
-    tile = min(largest, max(1, 16 * largest // states), next_power_of_2(channels))
+    padded = dstate < states
+    registers: int | None
+    if not backward:
+        roomy = dstate == 16 and not resets and not more
+        numbers, registers = (512 if roomy else 128 if padded else 256), 128
+    elif resets:
+        numbers, registers = (64, 224) if states <= 8 else (128, None)
+    elif padded or states == 128:
+        numbers, registers = 128, 224
+    else:
+        numbers, registers = 256, (224 if states == 16 and directions == 2 else None)
+    tile = min(
+        max(1, numbers // states), 32 if numbers == 512 else 16 if numbers > 64 else 8, next_power_of_2(channels)
+    )
     while tile * states > 128 and tile > 8 and programs * cdiv(channels, tile) < 8 * device.multiprocessors:
         tile //= 2
-    return Plan(states, tile, cdiv(channels, tile), max_registers=(None if resets else 224) if backward else 128)
+    num_warps = 2 if backward and resets and states == 256 else 1
+    return Plan(states, tile, cdiv(channels, tile), num_warps, registers)
+
+
+def holds_more(d: Direction) -> bool:
+    """Whether the forward needs registers for a state to start from, or for B or C that are constant in time."""
+    return d.initial_state is not None or any(t is not None and t.ndim == 2 for t in (d.B, d.C))
 
 
 def states_shape(batch: int, groups: int, dim: int, seqlen: int, dstate: int, dtype: torch.dtype) -> tuple[int, ...]:
@@ -199,8 +226,8 @@ def forward(
         last = last.zero_() if first.initial_state is None else last.copy_(first.initial_state)
         return out.zero_(), last, states
     scan = prepared(directions)
-    chosen = plan(batch * scan.groups * len(directions), dim // scan.groups, dstate, device_of(u))
-    two = len(directions) == 2
+    two, kind = len(directions) == 2, {"resets": seq_idx is not None, "more": holds_more(first)}
+    chosen = plan(batch * scan.groups * len(directions), dim // scan.groups, dstate, device_of(u), **kind)
     partial, plane = planes(u, out.stride()) if two else (None, 0)
     common = {
         **arguments_of(scan),
@@ -251,8 +278,8 @@ def backward(
         return grads, torch.zeros_like(z) if dz is None and needs_z and z is not None else dz, out
     scan = prepared(directions, dout)
     count = batch * scan.groups * len(directions)
-    chosen = plan(count, dim // scan.groups, dstate, device_of(u), backward=True, resets=seq_idx is not None)
-    two = len(directions) == 2
+    two, kind = len(directions) == 2, {"directions": len(directions), "resets": seq_idx is not None}
+    chosen = plan(count, dim // scan.groups, dstate, device_of(u), backward=True, **kind)
 
     def float32(*shape: int) -> Tensor:
         return u.new_empty(shape, dtype=torch.float32)
@@ -348,7 +375,8 @@ def aot_cases() -> list[Case]:
     cases = [case(*size, seq_idx=seq_idx) for size in sizes for seq_idx in (False, True)]
     for changed in (
         {"directions": 1}, {"own": True}, {"constant": True}, {"channels_last": False}, {"dtype": torch.float16},
-        {"dtype": torch.float16, "directions": 1, "seq_idx": True}, {"dstate": 13},
+        {"dtype": torch.float16, "directions": 1, "seq_idx": True}, {"dstate": 13}, {"dstate": 13, "seq_idx": True}, {"initial": True},
+        {"initial": True, "directions": 1},
     ):  # fmt: skip
         cases.append(case(**{"batch": t4_rows, "dim": 32, "dstate": 16, **changed}))
     return cases
@@ -364,6 +392,7 @@ def case(
     constant: bool = False,
     channels_last: bool = True,
     seq_idx: bool = False,
+    initial: bool = False,
     dtype: torch.dtype = torch.float32,
     seqlen: int = 16,
 ) -> Case:
@@ -380,7 +409,7 @@ def case(
             else torch.empty(batch, seqlen, 1, dstate, dtype=dtype).permute(0, 2, 3, 1)
             for _ in range(2)
         )
-        state = None if reverse else torch.empty(batch, dim, dstate)
+        state = torch.empty(batch, dim, dstate) if initial and not reverse else None
         return Direction(
             line(), line(), torch.empty(dim, dstate), B, C, torch.empty(dim), torch.empty(dim), state, reverse
         )
