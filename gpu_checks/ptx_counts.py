@@ -217,12 +217,30 @@ def main() -> int:
     parser.add_argument(
         "--order", choices=("forward", "reverse", "random"), default="forward", help="of threads between meetings"
     )
+    parser.add_argument("--write", action="store_true", help="put the figures into docs/gpu.md")
     args = parser.parse_args()
     if not args.runner:
         parser.error("say with --runner or PTX_ON_CPU where run_ptx.py is")
     rows = measure(args.source, Runner(Path(args.runner), args.order), args.directions, tuple(args.sizes))
     sizes = f"batch, seqlen, dim, dstate {tuple(args.sizes)}, {args.directions} direction(s)"
     print(f"{args.source}, sm_75, fp32, {sizes}; per (batch, seqlen, dim)")
+    if args.write:
+        from gpu_checks.triton_budget import DOCS, write_table
+
+        lines = [
+            "| pass | thread instructions | bytes asked for: read | written | atomics | mamba_ssm, twice one direction: instructions | read | written | atomics |"
+        ]
+        lines.append("|---" * 9 + "|")
+        for way, *found in rows:
+            counted = [f"{x:.0f}" if i == 0 else f"{x:.1f}" if i < 3 else str(x) for i, x in enumerate(found)]
+            lines.append(
+                f"| {way} | " + " | ".join([*counted, *(f"{x * args.directions:g}" for x in MAMBA_SSM[way])]) + " |"
+            )
+        size = "batch {}, seqlen {}, dim {}, dstate {}".format(*args.sizes)
+        lines.append(
+            f"\nPer (batch, seqlen, dim); fp32, {size}, {args.directions} direction(s). Bytes count every lane, also lanes that repeat an address."
+        )
+        write_table(DOCS, f"{args.source} counts", "\n".join(lines))
     for way, instructions, read, written, atomics in rows:
         mamba = [n * args.directions for n in MAMBA_SSM[way]]
         print(
