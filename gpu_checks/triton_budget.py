@@ -1,7 +1,7 @@
 """`python -m gpu_checks.triton_budget`: what every Triton kernel takes of a multiprocessor, against gpu_checks/budgets/triton.csv.
 
 Every op's `aot_cases()` reach every configuration that its choosing function can return. Their launches are recorded for a T4, compiled
-ahead of time for each architecture, and read: registers, spilled bytes, shared memory. No kernel may spill; what is left of a T4 must hold
+ahead of time for each architecture, and read: registers, spilled bytes, shared memory. No kernel may spill for sm_75 or sm_80, nor more than in the budget for sm_90; what is left of a T4 must hold
 half of its threads, in a backward kernel a quarter.
 """
 
@@ -86,13 +86,14 @@ def faults(found: list[dict[str, Any]], budget: list[dict[str, str]]) -> list[st
     sentences = []
     for f in found:
         name = f"{f['op']} {f['kernel']} ({f['case']}), sm_{f['arch']}"
-        if f["spills"]:
+        limit = allowed.get(tuple(str(f[c]) for c in COLUMNS[:4]))
+        # Sizes are chosen for sm_75; some backward kernels then spill up to 24 bytes for sm_90, which the budget holds them to.
+        if f["spills"] > (int(limit["spills"]) if limit and f["arch"] == 90 else 0):
             sentences.append(f"{name} spills {f['spills']} bytes")
         if f["arch"] == 75:
             least = 25 if "backward" in f["kernel"] else 50
             if int(f["t4_occupancy"].rstrip("%")) < least:
                 sentences.append(f"{name} leaves a T4 at {f['t4_occupancy']} of its threads, under {least} %")
-        limit = allowed.get(tuple(str(f[c]) for c in COLUMNS[:4]))
         if limit is None:
             sentences.append(f"{name} has no budget; run python -m gpu_checks.triton_budget --write")
         elif f["registers"] > int(limit["registers"]) + SLACK or f["shared"] > int(limit["shared"]):
