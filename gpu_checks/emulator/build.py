@@ -79,10 +79,18 @@ def load_emulated() -> ModuleType:
     path = built_once()
     if isinstance(path, BuildError):
         raise path
-    spec = importlib.util.spec_from_file_location("pixelbytes_kernels._cuda", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    name = "pixelbytes_kernels._cuda"
+    real = sys.modules.pop(
+        name, None
+    )  # while it is listed, pybind11 gives it out instead of making another of the name
+    try:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    finally:
+        if real is not None:
+            sys.modules[name] = real
     return module
 
 
