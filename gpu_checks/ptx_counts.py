@@ -228,7 +228,8 @@ def main() -> int:
         from gpu_checks.triton_budget import DOCS, write_table
 
         lines = [
-            "| pass | thread instructions | bytes asked for: read | written | atomics | mamba_ssm, twice one direction: instructions | read | written | atomics |"
+            "| pass | thread instructions | bytes asked for: read | written | atomics "
+            f"| mamba_ssm, {args.directions} x one direction: instructions | read | written | atomics |"
         ]
         lines.append("|---" * 9 + "|")
         for way, *found in rows:
@@ -238,7 +239,8 @@ def main() -> int:
             )
         size = "batch {}, seqlen {}, dim {}, dstate {}".format(*args.sizes)
         lines.append(
-            f"\nPer (batch, seqlen, dim); fp32, {size}, {args.directions} direction(s). Bytes count every lane, also lanes that repeat an address."
+            f"\nPer (batch, seqlen, dim); fp32, {size}, {args.directions} direction(s). "
+            "Bytes count every lane, also lanes that repeat an address."
         )
         write_table(DOCS, f"{args.source} counts", "\n".join(lines))
     for way, instructions, read, written, atomics in rows:

@@ -1,8 +1,8 @@
 """`python -m gpu_checks.triton_budget`: what every Triton kernel takes of a multiprocessor, against gpu_checks/budgets/triton.csv.
 
 Every op's `aot_cases()` reach every configuration that its choosing function can return. Their launches are recorded for a T4, compiled
-ahead of time for each architecture, and read: registers, spilled bytes, shared memory. No kernel may spill for sm_75 or sm_80, nor more than in the budget for sm_90; what is left of a T4 must hold
-half of its threads, in a backward kernel a quarter.
+ahead of time for each architecture, and read: registers, spilled bytes, shared memory. No kernel may spill for
+sm_75 or sm_80, nor more than in the budget for sm_90; what is left of a T4 must hold half of its threads, in a backward kernel a quarter.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ def table(found: list[dict[str, Any]]) -> str:
             most = {c: max(int(f[c]) for f in of) for c in ("registers", "spills", "shared", "threads")}
             least = min(int(str(f["t4_occupancy"]).rstrip("%")) for f in of)
             lines.append(
-                f"| {op} | `{kernel}` | {len(of)} | {most['registers']} | {most['spills']} | {most['shared']} B | {most['threads']} | {least} % |"
+                f"| {op} | `{kernel}` | {len(of)} | {most['registers']} | {most['spills']} | {most['shared']} B "
+                f"| {most['threads']} | {least} % |"
             )
     return "\n".join(lines)
 

@@ -1,7 +1,7 @@
 """Triton kernels compiled ahead of time, without a GPU, against gpu_checks/budgets/triton.csv.
 
-The budget lists every configuration that the choosing functions can return. All of its rows are held to the rules here; compiled here are one configuration
-in `EVERY` of each architecture, another one each, for time's sake. All of them: `python -m gpu_checks.triton_budget`.
+The budget lists every configuration that the choosing functions can return. All of its rows are held to the rules here; compiled here are
+one configuration in `EVERY` of each architecture, another one each, for time's sake. All of them: `python -m gpu_checks.triton_budget`.
 """
 
 from __future__ import annotations

@@ -38,9 +38,9 @@ def plan(
 ) -> Plan:
     """Sizes for `programs` groups of `channels` channels each, counted over batch rows and directions.
 
-    `numbers` of the state are what the registers hold, and `registers` is a limit, so that nothing spills and a T4 can have half of its threads
-    resident, in the backward a quarter; found by `python -m gpu_checks.triton_budget`. Fewer channels where a GPU would be left with too
-    few warps to hide latency.
+    `numbers` of the state are what the registers hold, and `registers` is a limit, so that nothing spills and a T4 can have half of
+    its threads resident, in the backward a quarter; found by `python -m gpu_checks.triton_budget`.
+    Fewer channels where a GPU would be left with too few warps to hide latency.
     """
     states = next_power_of_2(dstate)
     padded = dstate < states
@@ -89,7 +89,7 @@ def prepared(directions: tuple[Direction, ...], dout: Tensor | None = None) -> S
     """
     first, *rest = directions
     shares = [bool(rest) and t is None for t in directions[-1].tensors[:7]]
-    whole = [dict(zip(FIRST, d.tensors, strict=True)) for d in directions]
+    whole: list[dict[str, Any]] = [dict(zip(FIRST, d.tensors, strict=True)) for d in directions]
     for d in whole[1:]:
         d.update({name: whole[0][name] for name, shared in zip(FIRST, shares, strict=False) if shared})
     varying = [t for d in whole for t in (d["B"], d["C"]) if t.ndim == 4]
@@ -179,7 +179,7 @@ def is_wide(arguments: dict[str, Any]) -> bool:
 def run(kernel: Any, grid: tuple[int, ...], u: Tensor, chosen: Plan, **arguments: Any) -> None:
     arguments |= {"NP": chosen.states, "BD": chosen.tile, "CHUNK": CHUNK, "WIDE": is_wide(arguments)}
     in_order = {name: arguments[name] for name in kernel.arg_names}
-    limits = {"num_warps": chosen.num_warps, "max_registers": chosen.max_registers}
+    limits: dict[str, Any] = {"num_warps": chosen.num_warps, "max_registers": chosen.max_registers}
     launch("selective_scan", kernel, grid, u, **limits, **in_order)
 
 
@@ -278,7 +278,8 @@ def backward(
         return grads, torch.zeros_like(z) if dz is None and needs_z and z is not None else dz, out
     scan = prepared(directions, dout)
     count = batch * scan.groups * len(directions)
-    two, kind = len(directions) == 2, {"directions": len(directions), "resets": seq_idx is not None}
+    two = len(directions) == 2
+    kind: dict[str, Any] = {"directions": len(directions), "resets": seq_idx is not None}
     chosen = plan(count, dim // scan.groups, dstate, device_of(u), backward=True, **kind)
 
     def float32(*shape: int) -> Tensor:
@@ -373,12 +374,14 @@ def aot_cases() -> list[Case]:
     sizes = [(t4_rows, 32, dstate) for dstate in (1, 2, 4, 8, 16, 32, 64, 128, 256)]
     sizes += [(batch, 32, dstate) for batch in (160, 40) for dstate in (8, 16)]
     cases = [case(*size, seq_idx=seq_idx) for size in sizes for seq_idx in (False, True)]
-    for changed in (
+    forms: list[dict[str, Any]] = [
         {"directions": 1}, {"own": True}, {"constant": True}, {"channels_last": False}, {"dtype": torch.float16},
         {"dtype": torch.float16, "directions": 1, "seq_idx": True}, {"dstate": 13}, {"dstate": 13, "seq_idx": True}, {"initial": True},
         {"initial": True, "directions": 1},
-    ):  # fmt: skip
-        cases.append(case(**{"batch": t4_rows, "dim": 32, "dstate": 16, **changed}))
+    ]  # fmt: skip
+    for changed in forms:
+        form: dict[str, Any] = {"batch": t4_rows, "dim": 32, "dstate": 16, **changed}
+        cases.append(case(**form))
     return cases
 
 

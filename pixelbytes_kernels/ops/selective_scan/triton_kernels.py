@@ -13,6 +13,9 @@ of a few channels; a second layout of the states would mean conversions in every
 64-bit; those within a row too where WIDE says that 32 bits might not do.
 """
 
+# mypy: ignore-errors
+# The bodies are Triton's language: a loop over static_range is unrolled, and a tuple grows in it.
+
 from __future__ import annotations
 
 import triton
