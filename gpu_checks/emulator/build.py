@@ -79,18 +79,11 @@ def load_emulated() -> ModuleType:
     path = built_once()
     if isinstance(path, BuildError):
         raise path
-    name = "pixelbytes_kernels._cuda"
-    real = sys.modules.pop(
-        name, None
-    )  # while it is listed, pybind11 gives it out instead of making another of the name
-    try:
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        if real is not None:
-            sys.modules[name] = real
+    # A name of its own: pybind11 keeps modules by name, and would give out the real one where that was imported before.
+    spec = importlib.util.spec_from_file_location("gpu_checks.emulator._cuda", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
 
