@@ -500,9 +500,7 @@ def test_bad_arguments(name, change, error, message):
         selective_scan(**inputs)
 
 
-@pytest.mark.parametrize(
-    ("backend", "error"), [("quick", ValueError), ("cuda", RuntimeError), ("triton", RuntimeError)]
-)
+@pytest.mark.parametrize(("backend", "error"), [("quick", ValueError), ("cuda", RuntimeError)])
 def test_backend_that_cannot_run(backend, error):
     with pytest.raises(error, match=f"selective_scan: backend .*{backend}"):
         selective_scan(**scan_inputs(), backend=backend)
