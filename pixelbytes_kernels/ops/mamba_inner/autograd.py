@@ -141,9 +141,7 @@ class Inner(torch.autograd.Function):
         with torch.autocast(xz.device.type, enabled=False):
             weights = weights_of(rest[:11], rest[11:] if options.bidirectional else None, xz.dtype)
             x, z = xz.chunk(2, dim=1)
-            inputs = [
-                inputs_of(x, w, seq_idx, options.reverse != bool(k), options) for k, w in enumerate(weights)
-            ]
+            inputs = [inputs_of(x, w, seq_idx, options.reverse != bool(k), options) for k, w in enumerate(weights)]
             directions = directions_of(weights, inputs, options.reverse)
             scan_options = scan.Options(options.delta_softplus, options.scale, xz.dtype)
             keep = any(ctx.needs_input_grad)
@@ -166,9 +164,7 @@ class Inner(torch.autograd.Function):
             first, second = tuple(rest[:11]), tuple(rest[11:]) if options.bidirectional else None
             weights = weights_of(first, second, xz.dtype)
             x, z = xz.chunk(2, dim=1)
-            inputs = [
-                inputs_of(x, w, seq_idx, options.reverse != bool(k), options) for k, w in enumerate(weights)
-            ]
+            inputs = [inputs_of(x, w, seq_idx, options.reverse != bool(k), options) for k, w in enumerate(weights)]
             directions = directions_of(weights, inputs, options.reverse)
             dxz = torch.empty_like(xz)
             dx, dz = dxz.chunk(2, dim=1)
