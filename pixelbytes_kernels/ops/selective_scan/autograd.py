@@ -41,6 +41,13 @@ def tensors_of(directions: Sequence[Direction]) -> list[Tensor | None]:
     return [t for i, d in enumerate(directions) for t in d.tensors[: 8 if i == 0 else 7]]
 
 
+def with_own_delta(directions: tuple[Direction, ...]) -> tuple[Direction, ...]:
+    """A second direction with a bias of its own sees another step size: the kernel wants its delta named."""
+    if len(directions) == 2 and directions[1].delta is None and directions[1].delta_bias is not None:
+        return directions[0], directions[1]._replace(delta=directions[0].delta)
+    return directions
+
+
 class Options(NamedTuple):
     """What a scan does besides its tensors: out = scale * (sum of the directions) * silu(z), in `out_dtype`."""
 

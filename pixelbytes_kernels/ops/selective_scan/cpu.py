@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._backend import load_extension
-from .autograd import Direction, Options, compute_dtype, states_size, tensors_of
+from .autograd import Direction, Options, compute_dtype, states_size, tensors_of, with_own_delta
 
 
 def states_shape(batch: int, groups: int, dim: int, seqlen: int, dstate: int, dtype: torch.dtype) -> tuple[int, ...]:
@@ -112,13 +112,6 @@ def backward(
     if len(grads) > 8 and flat[9] is None and grads[1] is not None and grads[9] is not None:  # see with_own_delta
         grads[1], grads[9] = grads[1] + grads[9], None
     return [g if g is None or t is None else g.to(t.dtype) for g, t in zip(grads, flat, strict=True)], dz, out
-
-
-def with_own_delta(directions: tuple[Direction, ...]) -> tuple[Direction, ...]:
-    """A second direction with a bias of its own sees another step size: the kernel wants its delta named."""
-    if len(directions) == 2 and directions[1].delta is None and directions[1].delta_bias is not None:
-        return directions[0], directions[1]._replace(delta=directions[0].delta)
-    return directions
 
 
 def gradient_shape(t: Tensor) -> tuple[int, ...]:

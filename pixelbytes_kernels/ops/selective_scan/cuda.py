@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._cuda_launch import extension, fp32, where
-from .autograd import Direction, Options, states_size, tensors_of
-from .cpu import with_own_delta
+from .autograd import Direction, Options, states_size, tensors_of, with_own_delta
 
 
 def states_shape(batch: int, groups: int, dim: int, seqlen: int, dstate: int, dtype: torch.dtype) -> tuple[int, ...]:
