@@ -7,6 +7,7 @@ namespace pixelbytes {
 namespace {
 
 constexpr int64_t kMaxBlockTiles = 8;  // sharing B, C and the lane sums of dB, dC between more tiles gains little
+constexpr int64_t kMaxRowSteps = 2048;  // of all tiles of a block: whole rows, which two directions keep, should stay in the L2 cache
 constexpr int64_t kWantedTasks = 4;    // so that a batch of one keeps several threads busy
 
 // How a scan is cut into tasks: a pure function of the sizes, so that the order of every sum is too.
@@ -14,6 +15,7 @@ struct Plan {
   int64_t batch, dim, seqlen, dstate, groups;
   int64_t group_dim, group_tiles, block_tiles, group_blocks, chunks;
   int64_t tasks() const { return batch * groups * group_blocks; }
+  int64_t end_of(int64_t chunk) const { return (chunk + 1) * kChunk < seqlen ? (chunk + 1) * kChunk : seqlen; }
 };
 
 template <class T>
@@ -28,7 +30,10 @@ Plan make_plan(const ScanArgs& a) {
   Plan p{batch, dim, seqlen, dstate, groups, dim / groups, 0, 0, 0, (seqlen + kChunk - 1) / kChunk};
   p.group_tiles = (p.group_dim + kLanes<T> - 1) / kLanes<T>;
   int64_t tiles = batch * groups * p.group_tiles / kWantedTasks;
-  if (tiles > kMaxBlockTiles) tiles = kMaxBlockTiles;
+  int64_t most = a.directions == 2 ? kMaxRowSteps / seqlen : kMaxBlockTiles;
+  if (most < 2) most = 2;
+  if (most > kMaxBlockTiles) most = kMaxBlockTiles;
+  if (tiles > most) tiles = most;
   if (tiles < 1) tiles = 1;
   p.group_blocks = (p.group_tiles + tiles - 1) / tiles;
   p.block_tiles = (p.group_tiles + p.group_blocks - 1) / p.group_blocks;
@@ -58,6 +63,11 @@ inline int find_runs(const Tensor& seq_idx, int64_t batch, int64_t t0, int64_t t
   return n;
 }
 
+struct Tiles {  // of a task
+  int64_t first, count;
+  int64_t end() const { return first + count; }
+};
+
 // A (tile, time, lane) array in scratch: of the whole row where both directions need it, else of the present chunk only.
 template <class T>
 struct Rows {
@@ -71,7 +81,40 @@ struct Rows {
   }
   void begin_chunk(int64_t t0) { origin = steps == kChunk ? t0 : 0; }
   T* at(int64_t tile, int64_t time) const { return data + (tile * steps + time - origin) * kLanes<T>; }
-  Block<T> block(int64_t tiles, int64_t time) const { return {at(0, time), steps * kLanes<T>, int(tiles)}; }
+  Block<T> block(Tiles tiles, int64_t time) const { return {at(tiles.first, time), steps * kLanes<T>, int(tiles.count)}; }
+};
+
+// Calls f(n, count as a constant) for the states in passes of kStates, the rest one by one.
+inline int passes_of(int64_t dstate) { return int(dstate / kStates + dstate % kStates); }
+template <class F>
+inline void for_states(int64_t dstate, F&& f) {
+  int64_t n = 0;
+  for (; n + kStates <= dstate; n += kStates) f(n, ConstantInt<kStates>{});
+  for (; n < dstate; ++n) f(n, ConstantInt<1>{});
+}
+
+// Memory that is needed soon, asked for little by little between the passes of the recurrence, which leave the memory alone.
+class Ahead {
+ public:
+  Ahead(const Plan& p, int64_t channel, int64_t channels, int64_t tiles)
+      : plan_(p), channel_(channel), channels_(channels), parts_(int(tiles * passes_of(p.dstate))) {}
+  void add(const Tensor& t, int64_t batch, int64_t chunk) {
+    if (t && chunk >= 0 && chunk < plan_.chunks) blocks_[count_++] = {plane(t, batch), chunk * kChunk, plan_.end_of(chunk)};
+  }
+  void fetch() {
+    for (int i = 0; i < count_; ++i)
+      prefetch_block(blocks_[i].plane, channel_, channels_, blocks_[i].t0, blocks_[i].t1 - blocks_[i].t0, part_, parts_);
+    ++part_;
+  }
+
+ private:
+  struct {
+    Plane plane;
+    int64_t t0, t1;
+  } blocks_[8];
+  const Plan& plan_;
+  int64_t channel_, channels_;
+  int count_ = 0, part_ = 0, parts_;
 };
 
 // One task: a batch row and a block of neighbouring channel tiles.
@@ -84,6 +127,7 @@ struct ScanTask {
   bool separate_u, separate_delta;  // the second direction has its own
   Rows<T> u[2], delta[2], y;
   T *A[2], *A2[2], *D[2], *h;       // (tile, state, lane); D (tile, lane); A2 = A log2(e)
+  T* stage;                         // (tile, time in chunk, lane), for whatever is on its way in or out
   T *B_scratch, *C_scratch;
   const T *B, *C;                   // of the present chunk (time, state), or constant (tile, state, lane)
   int64_t pitch_B = 0, pitch_C = 0;
@@ -91,7 +135,7 @@ struct ScanTask {
   static int64_t bytes(const ScanArgs& a, const Plan& p) {
     const int64_t row = Rows<T>::size(p.block_tiles, a.directions == 2 && p.seqlen > kChunk ? p.seqlen : kChunk);
     const int64_t states = p.block_tiles * p.dstate * W;
-    return (row * (1 + 2 * a.directions) + states * 7 + p.block_tiles * W * 2 + 2 * kChunk * p.dstate) * int64_t(sizeof(T)) + 16 * 128;
+    return (row * (1 + 2 * a.directions) + p.block_tiles * kChunk * W + states * 7 + p.block_tiles * W * 2 + 2 * kChunk * p.dstate) * int64_t(sizeof(T)) + 16 * 128;
   }
 
   ScanTask(const ScanArgs& args, const Plan& plan, int64_t task, Scratch& scratch) : a(args), p(plan) {
@@ -115,6 +159,7 @@ struct ScanTask {
     }
     y.open(scratch, tiles, a.directions == 2, p.seqlen);
     h = scratch.take<T>(states);
+    stage = scratch.take<T>(tiles * kChunk * W);
     B_scratch = scratch.take<T>(kChunk * p.dstate + states);
     C_scratch = scratch.take<T>(kChunk * p.dstate + states);
     load_parameters();
@@ -149,37 +194,49 @@ struct ScanTask {
       }
   }
 
-  // Brings a chunk of direction d in: u, and delta after bias and softplus. What the first direction left for both is not read again.
-  void begin_chunk(int d, int64_t t0, int64_t t1) {
+  void begin_chunk(int d, int64_t t0) {
     y.begin_chunk(t0);
     rows_u(d).begin_chunk(t0);
     rows_delta(d).begin_chunk(t0);
-    if (d == 0 || separate_u) load_block<T>(plane(source(&ScanDirection::u, d), batch), channel, channels, t0, t1 - t0, u[d].block(tiles, t0));
+  }
+  Tiles all() const { return {0, tiles}; }
+  int64_t channels_of(Tiles part) const { return channels - part.first * W < part.count * W ? channels - part.first * W : part.count * W; }
+  void load_rows(const Tensor& from, Tiles part, int64_t t0, int64_t t1, const Block<T>& to) const {
+    load_block<T>(plane(from, batch), channel + part.first * W, channels_of(part), t0, t1 - t0, to);
+  }
+  void store_rows(const Tensor& to, Tiles part, int64_t t0, int64_t t1, const Block<T>& from) const {
+    store_block<T>(plane(to, batch), channel + part.first * W, channels_of(part), t0, t1 - t0, from);
+  }
+  Block<T> staging(Tiles part) const { return {stage, kChunk * W, int(part.count)}; }
+
+  // Brings some tiles of a chunk in: u, and delta after bias and softplus. What the first direction left for both is not read again.
+  // The derivative of softplus goes to `slope` where that is given.
+  void load_inputs(int d, Tiles part, int64_t t0, int64_t t1, const Rows<T>* slope = nullptr) {
+    if (d == 0 || separate_u) load_rows(source(&ScanDirection::u, d), part, t0, t1, u[d].block(part, t0));
     if (d && !separate_delta) return;
-    load_block<T>(plane(source(&ScanDirection::delta, d), batch), channel, channels, t0, t1 - t0, delta[d].block(tiles, t0));
+    load_rows(source(&ScanDirection::delta, d), part, t0, t1, delta[d].block(part, t0));
     const Tensor& bias = source(&ScanDirection::delta_bias, d);
     if (!bias && !a.delta_softplus) return;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
+    for (int64_t tile = part.first; tile < part.end(); ++tile) {
       const Vec<T> b = bias ? load_channels<T>(bias, channel + tile * W, valid(tile)) : Vec<T>{};
       const Mask<T> is_valid = lane_index<T>() < splat(T(valid(tile)));
-      T* at = delta[d].at(tile, t0);
+      T *at = delta[d].at(tile, t0), *slopes = slope ? slope->at(tile, t0) : nullptr;
       for (int64_t i = 0; i < (t1 - t0) * W; i += W) {
         const Vec<T> x = load(at + i) + b;
         store(at + i, a.delta_softplus ? select(is_valid, softplus(x), Vec<T>{}) : x);
+        if (slopes) store(slopes + i, select(x > 20, Vec<T>{} + 1, sigmoid(x)));
       }
     }
   }
-
-  // The chunk that comes after this one in walking order; empty behind the last.
-  void prefetch(int d, int64_t t0, int64_t t1) const {
-    if (t0 >= t1) return;
-    if (d == 0 || separate_u) prefetch_block<false>(plane(source(&ScanDirection::u, d), batch), channel, channels, t0, t1 - t0);
-    if (d == 0 || separate_delta) prefetch_block<false>(plane(source(&ScanDirection::delta, d), batch), channel, channels, t0, t1 - t0);
+  Ahead ahead(Tiles part) const { return {p, channel + part.first * W, channels_of(part), part.count}; }
+  void add_inputs(Ahead& ahead, int d, int64_t chunk) const {
+    if (d == 0 || separate_u) ahead.add(source(&ScanDirection::u, d), batch, chunk);
+    if (d == 0 || separate_delta) ahead.add(source(&ScanDirection::delta, d), batch, chunk);
   }
 
   // y's skip part: the first direction sets it, the second adds its own.
-  void begin_y(int d, int64_t t0, int64_t t1) {
-    for (int64_t tile = 0; tile < tiles; ++tile) {
+  void begin_y(int d, Tiles part, int64_t t0, int64_t t1) {
+    for (int64_t tile = part.first; tile < part.end(); ++tile) {
       const Vec<T> skip = load(D[d] + tile * W);
       const T* from = rows_u(d).at(tile, t0);
       T* to = y.at(tile, t0);
@@ -274,14 +331,6 @@ struct Range {
     return safe;
   }
 };
-
-// Calls f(n, count as a constant) for the states in passes of kStates, the rest one by one.
-template <class F>
-inline void for_states(int64_t dstate, F&& f) {
-  int64_t n = 0;
-  for (; n + kStates <= dstate; n += kStates) f(n, ConstantInt<kStates>{});
-  for (; n < dstate; ++n) f(n, ConstantInt<1>{});
-}
 
 template <class F>
 inline void with_bool(bool b, F&& f) {

@@ -20,8 +20,9 @@ template <class T>
 struct Gradients {
   static constexpr int W = kLanes<T>;
   Rows<T> dy, du, ddelta;                            // du, ddelta wait here for the second direction where it shares u, delta
+  Rows<T> gate, dgate, slope[2];                     // factors of out and dz, derivative of softplus; each where it is needed
   T *dh, *dA[2], *dB[2], *dC[2], *dD[2], *dbias[2];  // (tile, state, lane); the last two (tile, lane); dB, dC where constant
-  T *dx, *ddecay, *extra;                            // (tile, time in chunk, lane)
+  T *dx, *ddecay;                                    // (tile, time in chunk, lane)
   T *decays, *states;                                // of one pass, see recompute_steps
   T *pass_dB, *pass_dC, *tile_dB, *tile_dC;          // (step, state of the pass, lane)
   T *chunk_dB, *chunk_dC;                            // (step, state)
@@ -29,7 +30,7 @@ struct Gradients {
   static int64_t bytes(const ScanArgs& a, const Plan& p) {
     const int64_t row = Rows<T>::size(p.block_tiles, a.directions == 2 && p.seqlen > kChunk ? p.seqlen : kChunk);
     const int64_t states = p.block_tiles * p.dstate * W, pass = kChunk * kStates * W;
-    return (row * 3 + states * 7 + p.block_tiles * W * 4 + 3 * p.block_tiles * kChunk * W + pass * 7 + 2 * kChunk * p.dstate) *
+    return (row * 7 + states * 7 + p.block_tiles * W * 4 + 2 * p.block_tiles * kChunk * W + pass * 7 + 2 * kChunk * p.dstate) *
                int64_t(sizeof(T)) + 32 * 128;
   }
 
@@ -45,8 +46,11 @@ struct Gradients {
     dy.open(scratch, k.tiles, two, p.seqlen);
     if (two && !k.separate_u) du.open(scratch, k.tiles, true, p.seqlen);
     if (two && !k.separate_delta) ddelta.open(scratch, k.tiles, true, p.seqlen);
+    if (k.a.z && k.a.out) gate.open(scratch, k.tiles, two, p.seqlen);
+    if (k.a.z && k.a.dz) dgate.open(scratch, k.tiles, two, p.seqlen);
     for (int d = 0; d < k.a.directions; ++d) {
       const ScanDirection& dir = k.a.direction[d];
+      if (k.a.delta_softplus && (d == 0 || k.separate_delta)) slope[d].open(scratch, k.tiles, two && !k.separate_delta, p.seqlen);
       dA[d] = d && !dir.A ? dA[0] : zeros(states_size);
       dB[d] = d && !dir.B ? dB[0] : zeros(states_size);
       dC[d] = d && !dir.C ? dC[0] : zeros(states_size);
@@ -56,7 +60,6 @@ struct Gradients {
     dh = scratch.take<T>(states_size);
     dx = scratch.take<T>(k.tiles * kChunk * W);
     ddecay = scratch.take<T>(k.tiles * kChunk * W);
-    extra = scratch.take<T>(k.tiles * kChunk * W);
     decays = scratch.take<T>(pass);
     states = scratch.take<T>(2 * pass);  // every run has a state more than it has steps
     pass_dB = scratch.take<T>(pass);
@@ -66,7 +69,12 @@ struct Gradients {
     chunk_dB = scratch.take<T>(kChunk * p.dstate);
     chunk_dC = scratch.take<T>(kChunk * p.dstate);
   }
+  void begin_chunk(int64_t t0) {
+    Rows<T>* all[] = {&dy, &du, &ddelta, &gate, &dgate, &slope[0], &slope[1]};
+    for (Rows<T>* rows : all) rows->begin_chunk(t0);
+  }
   Block<T> block(T* chunk_rows, int64_t tiles) const { return {chunk_rows, kChunk * W, int(tiles)}; }
+  Rows<T>& rows_slope(const ScanTask<T>& k, int d) { return slope[k.separate_delta ? d : 0]; }
 };
 
 // Sums (step, state of the pass, lane) over the lanes into out[step * dstate + state].
@@ -88,21 +96,28 @@ void add_valid_lanes(T* to, const T* from, int64_t count, int channels) {
   for (int64_t i = 0; i < count; ++i, to += kLanes<T>, from += kLanes<T>) store(to, load(to) + select(valid, load(from), Vec<T>{}));
 }
 
-// dy = scale * dout * silu(z). Needed by both directions, formed by the first.
+// dy = scale * dout * silu(z), and what y will be multiplied with: dgate for dz, gate for out. Formed once, for both directions.
 template <class T>
-void begin_dy(ScanTask<T>& k, Gradients<T>& g, int d, int64_t t0, int64_t t1) {
+void begin_dy(ScanTask<T>& k, Gradients<T>& g, int64_t t0, int64_t t1) {
   constexpr int W = kLanes<T>;
-  g.dy.begin_chunk(t0);
-  if (d) return;
-  const Plane z = plane(k.a.z, k.batch);
+  const Tiles all = k.all();
+  const Block<T> zs = k.staging(all);
   const T scale = T(k.a.scale);
-  load_block<T>(plane(k.a.dout, k.batch), k.channel, k.channels, t0, t1 - t0, g.dy.block(k.tiles, t0));
-  if (z) load_block<T>(z, k.channel, k.channels, t0, t1 - t0, g.block(g.extra, k.tiles));
+  k.load_rows(k.a.dout, all, t0, t1, g.dy.block(all, t0));
+  if (k.a.z) k.load_rows(k.a.z, all, t0, t1, zs);
   for (int64_t tile = 0; tile < k.tiles; ++tile) {
-    T* dy = g.dy.at(tile, t0);
+    T *dy = g.dy.at(tile, t0), *z = zs.data + tile * zs.pitch;
+    T *gate = g.gate.data ? g.gate.at(tile, t0) : nullptr, *dgate = g.dgate.data ? g.dgate.at(tile, t0) : nullptr;
     for (int64_t i = 0; i < (t1 - t0) * W; i += W) {
       const Vec<T> v = load(dy + i) * scale;
-      store(dy + i, z ? v * silu(load(g.extra + tile * kChunk * W + i)) : v);
+      if (!k.a.z) {
+        store(dy + i, v);
+        continue;
+      }
+      const Vec<T> x = load(z + i), s = sigmoid(x), silu = x * s;
+      store(dy + i, v * silu);
+      if (dgate) store(dgate + i, v * (s + silu * (1 - s)));
+      if (gate) store(gate + i, silu * scale);
     }
   }
 }
@@ -111,36 +126,32 @@ void begin_dy(ScanTask<T>& k, Gradients<T>& g, int d, int64_t t0, int64_t t1) {
 template <class T>
 void store_gate(ScanTask<T>& k, Gradients<T>& g, int64_t t0, int64_t t1) {
   constexpr int W = kLanes<T>;
-  const Plane z = plane(k.a.z, k.batch), dz = plane(k.a.dz, k.batch), out = plane(k.a.out, k.batch);
-  const T scale = T(k.a.scale);
-  if (z) load_block<T>(z, k.channel, k.channels, t0, t1 - t0, g.block(g.extra, k.tiles));
-  if (dz) load_block<T>(plane(k.a.dout, k.batch), k.channel, k.channels, t0, t1 - t0, g.block(g.dx, k.tiles));
-  for (int64_t tile = 0; tile < k.tiles; ++tile) {
-    T *y = k.y.at(tile, t0), *gate = g.extra + tile * kChunk * W;
-    const T* dout = g.dx + tile * kChunk * W;
-    for (int64_t i = 0; i < (t1 - t0) * W; i += W) {
-      Vec<T> v = load(y + i) * scale;
-      if (z) {
-        const Vec<T> x = load(gate + i), s = sigmoid(x);
-        if (dz) store(gate + i, load(dout + i) * v * (s * (1 + x * (1 - s))));
-        v *= silu(x);
-      }
-      store(y + i, v);
+  const Tiles all = k.all();
+  const Block<T> products = k.staging(all);
+  auto write = [&](const Tensor& to, const Rows<T>& factors, T factor) {
+    if (!to) return;
+    for (int64_t tile = 0; tile < k.tiles; ++tile) {
+      const T *y = k.y.at(tile, t0), *by = factors.data ? factors.at(tile, t0) : nullptr;
+      T* product = products.data + tile * products.pitch;
+      for (int64_t i = 0; i < (t1 - t0) * W; i += W) store(product + i, load(y + i) * (by ? load(by + i) : splat(factor)));
     }
-  }
-  if (dz) store_block<T>(dz, k.channel, k.channels, t0, t1 - t0, g.block(g.extra, k.tiles));
-  if (out) store_block<T>(out, k.channel, k.channels, t0, t1 - t0, k.y.block(k.tiles, t0));
+    k.store_rows(to, all, t0, t1, products);
+  };
+  write(k.a.dz, g.dgate, T(1));
+  write(k.a.out, g.gate, T(k.a.scale));
 }
 
 // The states n, n + 1, ... (kCount of them) of every tile over one chunk: recompute, sweep, sum over the lanes.
 template <class T, bool kVariesB, bool kVariesC, int kCount>
-void backward_pass(ScanTask<T>& k, Gradients<T>& g, int d, int64_t chunk, int64_t t0, int steps, int64_t n, const Run* runs, int count) {
+void backward_pass(ScanTask<T>& k, Gradients<T>& g, int d, int64_t chunk, int64_t t0, int steps, int64_t n, const Run* runs, int count,
+                   Ahead& ahead) {
   constexpr int W = kLanes<T>, kRow = kCount * W;
   const size_t pass_bytes = sizeof(T) * size_t(steps) * kRow;
   if (kVariesB) memset(g.pass_dB, 0, pass_bytes);
   if (kVariesC) memset(g.pass_dC, 0, pass_bytes);
   for (int64_t tile = 0; tile < k.tiles; ++tile) {
     const bool whole = k.valid(tile) == W;
+    ahead.fetch();
     T* dB = kVariesB ? (whole ? g.pass_dB : g.tile_dB) : k.state(g.dB[d], tile, n);
     T* dC = kVariesC ? (whole ? g.pass_dC : g.tile_dC) : k.state(g.dC[d], tile, n);
     if (kVariesB && !whole) memset(dB, 0, pass_bytes);
@@ -193,18 +204,14 @@ void add_chunk(const ScanTask<T>& k, bool reverse, int64_t t0, int64_t t1, const
 template <class T>
 void store_input_gradients(ScanTask<T>& k, Gradients<T>& g, int d, int64_t t0, int64_t t1) {
   constexpr int W = kLanes<T>;
-  const ScanDirection& dir = k.a.direction[d];
   const bool last = d == k.a.directions - 1, whole_u = last || k.separate_u, whole_delta = last || k.separate_delta;
   const bool add_u = d && !k.separate_u, add_delta = d && !k.separate_delta;
-  if (whole_delta && k.a.delta_softplus)
-    load_block<T>(plane(k.source(&ScanDirection::delta, d), k.batch), k.channel, k.channels, t0, t1 - t0, g.block(g.extra, k.tiles));
-  const Tensor& bias = k.source(&ScanDirection::delta_bias, d);
   for (int64_t tile = 0; tile < k.tiles; ++tile) {
     const Vec<T> skip = load(k.D[d] + tile * W);
-    const Vec<T> shift = bias ? load_channels<T>(bias, k.channel + tile * W, k.valid(tile)) : Vec<T>{};
     Vec<T> dD = load(g.dD[d] + tile * W), dbias = load(g.dbias[d] + tile * W);
     const T *u = k.rows_u(d).at(tile, t0), *delta = k.rows_delta(d).at(tile, t0), *dy = g.dy.at(tile, t0);
-    T *dx = g.dx + tile * kChunk * W, *ddecay = g.ddecay + tile * kChunk * W, *raw = g.extra + tile * kChunk * W;
+    const T* slope = k.a.delta_softplus ? g.rows_slope(k, d).at(tile, t0) : nullptr;
+    T *dx = g.dx + tile * kChunk * W, *ddecay = g.ddecay + tile * kChunk * W;
     for (int64_t i = 0; i < (t1 - t0) * W; i += W) {
       const Vec<T> gx = load(dx + i), gy = load(dy + i), x = load(u + i);
       Vec<T> du = load(delta + i) * gx + skip * gy, ddelta = x * gx + load(ddecay + i);
@@ -215,10 +222,7 @@ void store_input_gradients(ScanTask<T>& k, Gradients<T>& g, int d, int64_t t0, i
       if (!whole_delta) {
         store(g.ddelta.at(tile, t0) + i, ddelta);
       } else {
-        if (k.a.delta_softplus) {
-          const Vec<T> before = load(raw + i) + shift;
-          ddelta = select(before > 20, ddelta, ddelta * sigmoid(before));
-        }
+        if (slope) ddelta *= load(slope + i);
         dbias += ddelta;
       }
       store(dx + i, du);
@@ -227,49 +231,44 @@ void store_input_gradients(ScanTask<T>& k, Gradients<T>& g, int d, int64_t t0, i
     store(g.dD[d] + tile * W, dD);
     store(g.dbias[d] + tile * W, dbias);
   }
-  const Tensor& du = k.separate_u ? dir.du : k.a.direction[0].du;
-  const Tensor& ddelta = k.separate_delta ? dir.ddelta : k.a.direction[0].ddelta;
-  if (whole_u && du) store_block<T>(plane(du, k.batch), k.channel, k.channels, t0, t1 - t0, g.block(g.dx, k.tiles));
-  if (whole_delta && ddelta) store_block<T>(plane(ddelta, k.batch), k.channel, k.channels, t0, t1 - t0, g.block(g.ddecay, k.tiles));
+  const Tensor &du = k.a.direction[k.separate_u ? d : 0].du, &ddelta = k.a.direction[k.separate_delta ? d : 0].ddelta;
+  if (whole_u && du) k.store_rows(du, k.all(), t0, t1, g.block(g.dx, k.tiles));
+  if (whole_delta && ddelta) k.store_rows(ddelta, k.all(), t0, t1, g.block(g.ddecay, k.tiles));
 }
 
 template <class T, bool kVariesB, bool kVariesC>
 void backward_direction(ScanTask<T>& k, Gradients<T>& g, int d, const Partials<T>& partials) {
   const ScanDirection& dir = k.a.direction[d];
   const Plan& p = k.p;
-  const bool last = d == k.a.directions - 1;
+  const bool last = d == k.a.directions - 1, with_y = k.a.dz || k.a.out;
   k.load_constants(d);
   k.load_states(dir.dlast_state, g.dh);
   Run runs[kChunk];
   for (int64_t i = p.chunks - 1; i >= 0; --i) {
-    const int64_t chunk = dir.reverse ? p.chunks - 1 - i : i, t0 = chunk * kChunk;
-    const int64_t t1 = t0 + kChunk < p.seqlen ? t0 + kChunk : p.seqlen;
-    k.begin_chunk(d, t0, t1);
-    if (k.a.dz || k.a.out) k.begin_y(d, t0, t1);
-    begin_dy(k, g, d, t0, t1);
+    const int64_t chunk = dir.reverse ? p.chunks - 1 - i : i, t0 = chunk * kChunk, t1 = p.end_of(chunk);
+    k.begin_chunk(d, t0);
+    g.begin_chunk(t0);
+    k.load_inputs(d, k.all(), t0, t1, k.a.delta_softplus ? &g.rows_slope(k, d) : nullptr);
+    if (with_y) k.begin_y(d, k.all(), t0, t1);
+    if (d == 0) begin_dy(k, g, t0, t1);
     k.load_coefficients(d, t0, t1);
-    const int64_t next = dir.reverse ? t1 : t0 - kChunk, end = next + kChunk < p.seqlen ? next + kChunk : p.seqlen;
-    if (next >= 0 && next < p.seqlen) {
-      k.prefetch(d, next, end);
-      if (d == 0) {
-        prefetch_block<false>(plane(k.a.dout, k.batch), k.channel, k.channels, next, end - next);
-        prefetch_block<false>(plane(k.a.z, k.batch), k.channel, k.channels, next, end - next);
-      }
-    }
-    if (last || k.separate_u) prefetch_block<true>(plane(dir.du ? dir.du : k.a.direction[0].du, k.batch), k.channel, k.channels, t0, t1 - t0);
-    if (last || k.separate_delta)
-      prefetch_block<true>(plane(dir.ddelta ? dir.ddelta : k.a.direction[0].ddelta, k.batch), k.channel, k.channels, t0, t1 - t0);
-    if (last) prefetch_block<true>(plane(k.a.dz, k.batch), k.channel, k.channels, t0, t1 - t0);
+    Ahead ahead = k.ahead(k.all());
+    const int64_t next = dir.reverse ? chunk + 1 : chunk - 1;
+    k.add_inputs(ahead, d, next);
+    if (d == 0) ahead.add(k.a.dout, k.batch, next), ahead.add(k.a.z, k.batch, next);
+    if (last || k.separate_u) ahead.add(k.a.direction[k.separate_u ? d : 0].du, k.batch, chunk);
+    if (last || k.separate_delta) ahead.add(k.a.direction[k.separate_delta ? d : 0].ddelta, k.batch, chunk);
+    if (last) ahead.add(k.a.dz, k.batch, chunk), ahead.add(k.a.out, k.batch, chunk);
     const int count = find_runs(k.a.seq_idx, k.batch, t0, t1, p.seqlen, dir.reverse, runs);
     memset(g.dx, 0, sizeof(T) * size_t(k.tiles) * kChunk * kLanes<T>);
     memset(g.ddecay, 0, sizeof(T) * size_t(k.tiles) * kChunk * kLanes<T>);
     for_states(p.dstate, [&](int64_t n, auto states) {
-      backward_pass<T, kVariesB, kVariesC, decltype(states)::value>(k, g, d, chunk, t0, int(t1 - t0), n, runs, count);
+      backward_pass<T, kVariesB, kVariesC, decltype(states)::value>(k, g, d, chunk, t0, int(t1 - t0), n, runs, count, ahead);
     });
     if (kVariesB && partials.dB[d]) add_chunk(k, dir.reverse, t0, t1, g.chunk_dB, partials.dB[d]);
     if (kVariesC && partials.dC[d]) add_chunk(k, dir.reverse, t0, t1, g.chunk_dC, partials.dC[d]);
     store_input_gradients(k, g, d, t0, t1);
-    if (last && (k.a.dz || k.a.out)) store_gate(k, g, t0, t1);
+    if (last && with_y) store_gate(k, g, t0, t1);
   }
   if (dir.dinitial_state) k.store_states(dir.dinitial_state, g.dh);
 }

@@ -302,27 +302,21 @@ inline void store_block(const Plane& p, int64_t channel, int64_t channels, int64
   }
 }
 
-// Asks for a block's memory ahead of its use; `write` where it will be stored to.
-template <bool kWrite>
-inline void prefetch_block(const Plane& p, int64_t channel, int64_t channels, int64_t time, int64_t steps) {
-  if (!p) return;
-  const int64_t item = item_size(p.dtype);
+// Asks for a block's memory ahead of its use: for part `part` of `parts` of its rows.
+// (A function of nothing but __builtin_prefetch counts as one without effect: GCC drops its calls.)
+inline void prefetch_block(const Plane& p, int64_t channel, int64_t channels, int64_t time, int64_t steps, int part, int parts) {
   const bool by_time = p.channel_stride == 1;
-  const int64_t rows = by_time ? steps : channels, row_bytes = (by_time ? channels : steps) * item;
-  const int64_t pitch = (by_time ? p.time_stride : p.channel_stride) * item;
-  const char* at = p.at(channel, time);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t b = 0; b < row_bytes + 63; b += 64) __builtin_prefetch(at + r * pitch + b, kWrite, 2);
-}
-
-// A block of one tile.
-template <class T>
-inline void load_tile(const Plane& p, int64_t channel, int channels, int64_t time, int64_t steps, T* tile) {
-  load_block<T>(p, channel, channels, time, steps, {tile, 0, 1});
-}
-template <class T>
-inline void store_tile(const Plane& p, int64_t channel, int channels, int64_t time, int64_t steps, T* tile) {
-  store_block<T>(p, channel, channels, time, steps, {tile, 0, 1});
+  const int64_t rows = by_time ? steps : channels, row_bytes = (by_time ? channels : steps) * item_size(p.dtype);
+  const int64_t pitch = (by_time ? p.time_stride : p.channel_stride) * item_size(p.dtype);
+  for (int64_t r = rows * part / parts; r < rows * (part + 1) / parts; ++r) {
+    const char* row = p.at(channel, time) + r * pitch;
+    for (const char* line = row - (reinterpret_cast<uintptr_t>(row) & 63); line < row + row_bytes; line += 64)
+#if defined(__x86_64__)
+      asm volatile("prefetcht1 %0" ::"m"(*line));
+#else
+      __builtin_prefetch(line, 0, 2);
+#endif
+  }
 }
 
 // One value per channel, from a (dim) tensor.
