@@ -28,7 +28,7 @@ from pixelbytes_kernels import (
 )
 from pixelbytes_kernels.ops.causal_conv1d.autograd import Convolution
 from pixelbytes_kernels.ops.causal_conv1d_update.triton import update as conv_update
-from pixelbytes_kernels.ops.pxby_embed import triton as embed
+from pixelbytes_kernels.ops.pxby_embed import gpu as embed
 from pixelbytes_kernels.ops.pxby_embed.autograd import WEIGHTS, Embed
 from pixelbytes_kernels.ops.selective_state_update.triton import update as state_update
 from pixelbytes_kernels.testing import Inputs, assert_matches, conv_inputs, embed_inputs, error, update_inputs

@@ -9,20 +9,20 @@ import torch
 from emulated import emulated, run_in_every_order
 
 from pixelbytes_kernels import pxby_embed, pxby_embed_ref
-from pixelbytes_kernels.ops.pxby_embed import cuda
+from pixelbytes_kernels.ops.pxby_embed import cuda, gpu
 from pixelbytes_kernels.testing import assert_matches, embed_inputs, run
 
 
 @pytest.fixture(params=[True, False], ids=["table", "direct"])
 def form(request):
     """Both forms at any size; the sizes of these tests would choose the second."""
-    with mock.patch.object(cuda, "folded_is_cheaper", lambda *sizes: request.param):
+    with mock.patch.object(gpu, "folded_is_cheaper", lambda *sizes: request.param):
         yield request.param
 
 
 @pytest.fixture
 def table():
-    with mock.patch.object(cuda, "folded_is_cheaper", lambda *sizes: True):
+    with mock.patch.object(gpu, "folded_is_cheaper", lambda *sizes: True):
         yield
 
 
@@ -80,7 +80,7 @@ def test_every_thread_order_gives_the_same_bits(form, dim):
 def test_unknown_ids_give_nan(form, bad):
     inputs = embed_inputs(1, 6, 20, 32, ids=torch.int32)
     inputs["tokens"][0, 2, 0, 1] = bad
-    with mock.patch.object(cuda, "check_ids", lambda *_: None), emulated():
+    with mock.patch.object(gpu, "check_ids", lambda *_: None), emulated():
         got = run(pxby_embed, inputs, backend="cuda")
     rows = got["out0"].isnan().all(-1)[0]
     assert rows.tolist() == [i == 2 for i in range(6)]

@@ -14,6 +14,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from poisoned import Margins, poisoned_allocations  # noqa: E402
 
 from pixelbytes_kernels import pxby_embed, pxby_embed_ref  # noqa: E402
+from pixelbytes_kernels.ops.pxby_embed import gpu  # noqa: E402
 from pixelbytes_kernels.ops.pxby_embed import triton as triton_path  # noqa: E402
 from pixelbytes_kernels.testing import assert_matches, embed_inputs, run  # noqa: E402
 
@@ -32,7 +33,7 @@ def small(batch=2, seqlen=5, vocab=2, dim=12, width=1, **options):
 @pytest.fixture(params=["folded", "direct"])
 def form(request, monkeypatch):
     """Forces one of the two forms, whatever the sizes."""
-    monkeypatch.setattr(triton_path, "folded_is_cheaper", lambda *sizes: request.param == "folded")
+    monkeypatch.setattr(gpu, "folded_is_cheaper", lambda *sizes: request.param == "folded")
     return request.param
 
 
@@ -63,14 +64,14 @@ def test_variants(form, conv, gate, bias):
 
 def test_rows_of_the_mixing_in_tiles(monkeypatch):
     """As with more than 113 channels of an embedding."""
-    monkeypatch.setattr(triton_path, "folded_is_cheaper", lambda *sizes: True)
+    monkeypatch.setattr(gpu, "folded_is_cheaper", lambda *sizes: True)
     monkeypatch.setattr(triton_path, "mixing_blocks", lambda width: triton_path.MixingBlocks(3, 8, 4))
     check(small(width=2))
 
 
 @pytest.mark.parametrize("ids", [torch.uint8, torch.int16], ids=str)
 def test_ids_are_read_as_they_are(monkeypatch, ids):
-    monkeypatch.setattr(triton_path, "folded_is_cheaper", lambda *sizes: True)
+    monkeypatch.setattr(gpu, "folded_is_cheaper", lambda *sizes: True)
     inputs = small(ids=ids)
     expected = run(pxby_embed, {**inputs, "tokens": inputs["tokens"].long()}, backend="triton")
     apart = torch.full((5, 4, 3, 3), 99, dtype=ids)  # every other row, batch and sequence exchanged
@@ -85,7 +86,7 @@ def test_ids_are_read_as_they_are(monkeypatch, ids):
 @pytest.mark.parametrize("bad", [4, -(2**40)])
 def test_unknown_id_unchecked(form, bad, monkeypatch):
     """As on a GPU, where the ids are not checked: NaN in that token's row and in every shared gradient, nothing read or written outside."""
-    monkeypatch.setattr(triton_path, "check_ids", lambda *a: None)
+    monkeypatch.setattr(gpu, "check_ids", lambda *a: None)
     inputs = small(vocab=4)
     inputs["tokens"][1, 3, 0, 2] = bad
     margins = Margins()
