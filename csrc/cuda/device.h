@@ -117,6 +117,22 @@ __device__ inline void load_many(const T* p, float (&v)[N]) { load_packets<N, fa
 template <int N, class T>
 __device__ inline void load_many_readonly(const T* p, float (&v)[N]) { load_packets<N, true>(p, v); }
 
+// `bytes` as words of 4, in one access.
+template <bool readonly, int bytes, class W>
+__device__ inline void load_words(const char* p, W* words) {
+  using Floats = std::conditional_t<bytes == 16, float4, std::conditional_t<bytes == 8, float2, float>>;
+  using Access = std::conditional_t<std::is_same_v<W, float>, Floats, typename Packet<bytes>::type>;
+  const Access* source = reinterpret_cast<const Access*>(p);
+  const Access v = readonly ? load_value_readonly(source) : load_value(source);
+  if constexpr (bytes == 16) {
+    words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+  } else if constexpr (bytes == 8) {
+    words[0] = v.x, words[1] = v.y;
+  } else {
+    words[0] = v;
+  }
+}
+
 template <int N, class T>
 __device__ inline void store_many(T* p, const float (&v)[N]) {
   constexpr int kBytes = N * int(sizeof(T)) < 16 ? N * int(sizeof(T)) : 16, kEach = kBytes / int(sizeof(T));

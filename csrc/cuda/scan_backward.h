@@ -236,9 +236,9 @@ struct Walk {
   }
 };
 
-template <class S>
+template <class S, class M>
 __global__ void __launch_bounds__(2 * S::threads, (S::dstate <= 16 ? kResidentThreads : 256) / (2 * S::threads)) scan_backward(const __grid_constant__ ScanParams p) {
-  const int side = int(threadIdx.x) / S::threads, thread = int(threadIdx.x) % S::threads;
+    const int side = int(threadIdx.x) / S::threads, thread = int(threadIdx.x) % S::threads;
   const int channel = thread / S::lanes, part = thread % S::lanes;
   const Tile tile = Tile::of<S>(p);
   const Direction& d = p.direction[side];
@@ -268,22 +268,28 @@ __global__ void __launch_bounds__(2 * S::threads, (S::dstate <= 16 ? kResidentTh
   float dD = 0.0f, dbias = 0.0f;
 
   const bool wants_y = p.dz || p.out;
-  const Rows& y_rows = p.out ? p.out : p.dz;  // where the direction that comes first leaves its y
   const int chunks = ceil_div(p.seqlen, kChunk);
+  const auto chunk_at = [&](int visit) { return Chunk::at<S, M>(reverse ? visit : chunks - 1 - visit, p.seqlen); };
+  const Chunk first_chunk = chunk_at(0);
+  const Start<S, M> start{tile, first_chunk, reverse ? 1 : -1};
+  auto u_rows = start.of(d.u, elements), delta_rows = start.of(d.delta, elements), dout_rows = start.of(p.dout, elements);
+  auto z_rows = start.of(p.z, elements), du_rows = start.of(d.du, elements), ddelta_rows = start.of(d.ddelta, elements);
+  auto dz_rows = start.of(p.dz, elements), out_rows = start.of(p.out, elements), y_rows = start.of(p.partial, elements);
+  auto B_rows = start.of(d.B, coefficient_elements, p.dstate), C_rows = start.of(d.C, coefficient_elements, p.dstate);
 
   for (int visit = 0; visit < chunks; ++visit) {
-    const Chunk chunk = Chunk::at<S>(reverse ? visit : chunks - 1 - visit, p.seqlen);
+    const Chunk chunk = chunk_at(visit);
     const bool comes_first = two && 2 * visit < chunks - 1, meets = two && 2 * visit == chunks - 1, adds = two && 2 * visit > chunks - 1;
 
     float slope[S::elements];  // of out in y, over z: dz = slope y
     {
       float u[S::elements], delta[S::elements], dout[S::elements], z[S::elements];
-      elements.load(d.u, tile, chunk, u);
-      elements.load(d.delta, tile, chunk, delta);
-      elements.load(p.dout, tile, chunk, dout);
-      if (p.z) elements.load(p.z, tile, chunk, z);
+      u_rows.load(chunk, u);
+      delta_rows.load(chunk, delta);
+      dout_rows.load(chunk, dout);
+      if (p.z) z_rows.load(chunk, z);
 #pragma unroll
-      for (int i = 0; i < S::elements; ++i) delta[i] += own.delta_bias[elements.channel_of(i)];
+      for (int i = 0; i < S::elements; ++i) delta[i] += own.delta_bias[elements.k_of(i)];
       if (p.softplus) {
 #pragma unroll
         for (int i = 0; i < S::elements; ++i) delta[i] = softplus(delta[i]);
@@ -303,8 +309,8 @@ __global__ void __launch_bounds__(2 * S::threads, (S::dstate <= 16 ? kResidentTh
     }
     if constexpr (S::staged) {
       float B[CoefficientElements<S>::count], C[CoefficientElements<S>::count];
-      coefficient_elements.load(d.B, tile, chunk, p.dstate, B);
-      coefficient_elements.load(d.C, tile, chunk, p.dstate, C);
+      B_rows.load(chunk, B);
+      C_rows.load(chunk, C);
       coefficient_elements.put(own.rows, B);
       coefficient_elements.put(own.rows + S::dstate, C);
     }
@@ -331,10 +337,10 @@ __global__ void __launch_bounds__(2 * S::threads, (S::dstate <= 16 ? kResidentTh
     __syncthreads();
 
     // A shared u or delta has one gradient: whoever comes first leaves its share there, the other adds.
-    const auto put = [&](const Rows& target, bool shares, const float* mine, const float* others) {
+    const auto put = [&](const Stream<Elements<S>, M>& target, bool shares, const float* mine, const float* others) {
       if (!target || (shares && meets && side == 1)) return;
       float v[S::elements], left[S::elements];
-      if (shares && adds) elements.load(target, tile, chunk, left);
+      if (shares && adds) target.load(chunk, left);
 #pragma unroll
       for (int i = 0; i < S::elements; ++i) {
         const int slot = elements.slot(i);
@@ -342,14 +348,14 @@ __global__ void __launch_bounds__(2 * S::threads, (S::dstate <= 16 ? kResidentTh
         if (shares && meets) v[i] += others[slot];
         if (shares && adds) v[i] += left[i];
       }
-      elements.store(target, tile, chunk, v);
+      target.store(chunk, v);
     };
     const SharedBackward<S>& other = shared[two ? 1 - side : 0];
-    put(p.shares_u ? p.direction[0].du : d.du, p.shares_u, own.u, other.u);
-    put(p.shares_delta ? p.direction[0].ddelta : d.ddelta, p.shares_delta, own.delta, other.delta);
+    put(du_rows, p.shares_u, own.u, other.u);
+    put(ddelta_rows, p.shares_delta, own.delta, other.delta);
     if (wants_y && !(meets && side == 1)) {
       float y[S::elements], left[S::elements];
-      if (adds) elements.load(y_rows, tile, chunk, left);
+      if (adds) y_rows.load(chunk, left);
 #pragma unroll
       for (int i = 0; i < S::elements; ++i) {
         const int slot = elements.slot(i);
@@ -358,22 +364,24 @@ __global__ void __launch_bounds__(2 * S::threads, (S::dstate <= 16 ? kResidentTh
         if (adds) y[i] += left[i];
       }
       if (comes_first) {
-        elements.store(y_rows, tile, chunk, y);
+        y_rows.store(chunk, y);
       } else {
         if (p.dz) {
 #pragma unroll
           for (int i = 0; i < S::elements; ++i) slope[i] *= y[i];
-          elements.store(p.dz, tile, chunk, slope);
+          dz_rows.store(chunk, slope);
         }
         if (p.out) {  // z once more: registers
           float z[S::elements];
-          if (p.z) elements.load(p.z, tile, chunk, z);
+          if (p.z) z_rows.load(chunk, z);
 #pragma unroll
           for (int i = 0; i < S::elements; ++i) y[i] *= p.z ? p.scale * (z[i] * sigmoid(z[i])) : p.scale;
-          elements.store(p.out, tile, chunk, y);
+          out_rows.store(chunk, y);
         }
       }
     }
+    u_rows.advance(), delta_rows.advance(), dout_rows.advance(), z_rows.advance(), du_rows.advance(), ddelta_rows.advance();
+    dz_rows.advance(), out_rows.advance(), y_rows.advance(), B_rows.advance(), C_rows.advance();
     __syncthreads();
   }
 
@@ -391,10 +399,10 @@ __global__ void __launch_bounds__(2 * S::threads, (S::dstate <= 16 ? kResidentTh
   }
 }
 
-template <class S>
+template <class S, class M>
 struct Backward {
   static const char* run(const Launch& at, const ScanParams& p, int blocks) {
-    return launch("selective_scan_backward", scan_backward<S>, dim3(unsigned(blocks)), dim3(unsigned(p.directions * S::threads)),
+    return launch("selective_scan_backward", scan_backward<S, M>, dim3(unsigned(blocks)), dim3(unsigned(p.directions * S::threads)),
                   sizeof(SharedBackward<S>) * size_t(p.directions), at, p);
   }
 };

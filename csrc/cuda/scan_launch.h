@@ -35,24 +35,24 @@ struct DirectCases {
   }
 };
 
-inline Rows rows_of(const Tensor& t) {
+inline Plane plane_of(const Tensor& t) {
   if (!t) return {};
   return {t.data, t.dtype, t.stride[0], int(t.stride[1]), int(t.stride[2]), false};
 }
 
 // Whether packets of 4 elements along the fast axis can be read at once. Tiles and chunks start at multiples of 4 where groups do.
-inline bool is_packed(const Rows& r, const ScanParams& p) {
-  const bool fits = (p.time_fast ? r.step == 1 && r.dim % 4 == 0 : r.dim == 1 && r.step % 4 == 0 && (p.dim / p.groups) % 4 == 0) && r.batch % 4 == 0;
+inline bool is_packed(const Plane& r, const ScanParams& p) {
+  const bool fits = (p.time_fast ? r.step == 1 && r.k % 4 == 0 : r.k == 1 && r.step % 4 == 0 && (p.dim / p.groups) % 4 == 0) && r.batch % 4 == 0;
   return fits && reinterpret_cast<uintptr_t>(r.data) % uintptr_t(4 * item_size(r.dtype)) == 0;
 }
 inline bool is_packed(const Coefficient& c) {
-  const bool fits = c.state == 1 && c.step % 4 == 0 && c.group % 4 == 0 && c.batch % 4 == 0;
+  const bool fits = c.k == 1 && c.step % 4 == 0 && c.group % 4 == 0 && c.batch % 4 == 0;
   return fits && reinterpret_cast<uintptr_t>(c.data) % uintptr_t(4 * item_size(c.dtype)) == 0;
 }
 
 inline Coefficient coefficient_of(const Tensor& t) {
-  if (t.ndim == 2) return {t.data, t.dtype, 0, t.stride[0], 1, 0, false, true};
-  return {t.data, t.dtype, t.stride[0], t.stride[1], int(t.stride[2]), int(t.stride[3]), false, false};
+  if (t.ndim == 2) return {{t.data, t.dtype, 0, 1, 0, false}, t.stride[0], true};
+  return {{t.data, t.dtype, t.stride[0], int(t.stride[2]), int(t.stride[3]), false}, t.stride[1], false};
 }
 
 inline const float* floats(const Tensor& t) { return reinterpret_cast<const float*>(t.data); }
@@ -65,10 +65,10 @@ inline bool is_direct(const ScanArgs& args) {
   return direct;
 }
 
-// Whether the strides that a kernel keeps in 32 bits fit; a negative one would do, but torch has none.
+// Whether the strides that a kernel keeps in 32 bits fit, also those of a chunk in bytes; a negative one would do, but torch has none.
 inline bool strides_fit(const Tensor& t) {
   for (int i = t.ndim == 3 ? 1 : 2; i < t.ndim; ++i)
-    if (t.stride[i] > INT_MAX) return false;
+    if (t.stride[i] > INT_MAX / (4 * kChunk)) return false;
   return true;
 }
 inline bool strides_fit(const ScanArgs& args) {
@@ -88,7 +88,7 @@ inline ScanParams scan_params(const ScanArgs& args) {
     const auto either = [&](Tensor ScanDirection::*member) { return own.*member ? own.*member : first.*member; };
     Direction& d = p.direction[i];
     d.reverse = own.reverse;
-    d.u = rows_of(either(&ScanDirection::u)), d.delta = rows_of(either(&ScanDirection::delta));
+    d.u = plane_of(either(&ScanDirection::u)), d.delta = plane_of(either(&ScanDirection::delta));
     d.A = floats(either(&ScanDirection::A)), d.D = floats(either(&ScanDirection::D)), d.delta_bias = floats(either(&ScanDirection::delta_bias));
     const Tensor B = either(&ScanDirection::B), C = either(&ScanDirection::C);
     d.B = coefficient_of(B), d.C = coefficient_of(C);
@@ -96,36 +96,61 @@ inline ScanParams scan_params(const ScanArgs& args) {
       if (t.ndim == 4) p.groups = int(t.size[1]);
     d.initial_state = floats(own.initial_state), d.dlast_state = floats(own.dlast_state);
     d.last_state = results(own.last_state), d.states = results(own.states);
-    d.du = rows_of(own.du), d.ddelta = rows_of(own.ddelta);
+    d.du = plane_of(own.du), d.ddelta = plane_of(own.ddelta);
     d.dA = results(own.dA), d.dB = results(own.dB), d.dC = results(own.dC);
     d.dD = results(own.dD), d.ddelta_bias = results(own.ddelta_bias), d.dinitial_state = results(own.dinitial_state);
   }
-  p.z = rows_of(args.z), p.out = rows_of(args.out), p.partial = args.partial ? rows_of(args.partial) : p.out;
-  p.dout = rows_of(args.dout), p.dz = rows_of(args.dz);
+  p.z = plane_of(args.z), p.out = plane_of(args.out), p.partial = args.partial ? plane_of(args.partial) : p.out;
+  p.dout = plane_of(args.dout), p.dz = plane_of(args.dz);
+  if (p.dz && !p.out) p.partial = p.dz;
   p.seq_idx = reinterpret_cast<const int*>(args.seq_idx.data);
   p.scale = float(args.scale), p.softplus = args.delta_softplus;
   p.shares_u = args.directions == 2 && !args.direction[1].u, p.shares_delta = args.directions == 2 && !args.direction[1].delta;
+  if (p.shares_u) p.direction[1].du = p.direction[0].du;
+  if (p.shares_delta) p.direction[1].ddelta = p.direction[0].ddelta;
   p.time_fast = p.direction[0].u.step == 1 && p.seqlen > 1;
-  p.state_fast = p.direction[0].B.state == 1;
-  for (Rows* r : {&p.z, &p.out, &p.partial, &p.dout, &p.dz}) r->packed = is_packed(*r, p);
+  p.state_fast = p.direction[0].B.k == 1;
+  for (Plane* r : {&p.z, &p.out, &p.partial, &p.dout, &p.dz}) r->packed = is_packed(*r, p);
   for (Direction& d : p.direction) {
-    for (Rows* r : {&d.u, &d.delta, &d.du, &d.ddelta}) r->packed = is_packed(*r, p);
+    for (Plane* r : {&d.u, &d.delta, &d.du, &d.ddelta}) r->packed = is_packed(*r, p);
     for (Coefficient* c : {&d.B, &d.C}) c->packed = is_packed(*c);
   }
   return p;
 }
 
-// Runs Kernel<its shape>::run(at, params, blocks) for the sizes of `args`.
-template <template <class> class Kernel, template <class> class ShapeOf, class Cases>
+// Whether a kernel for Whole<T> may run, see there.
+template <class S>
+bool is_whole(const ScanParams& p, DType dtype) {
+  const auto fits = [&](const Plane& t) { return !t || (t.packed && t.dtype == dtype); };
+  bool whole = p.seqlen % S::steps == 0 && p.dim / p.groups % S::channels == 0 && p.dstate == S::dstate && !p.seq_idx;
+  whole = whole && (!p.out || p.partial.data == p.out.data);
+  for (const Plane* t : {&p.z, &p.out, &p.dout, &p.dz, &p.partial}) whole = whole && fits(*t);
+  for (int i = 0; i < p.directions; ++i) {
+    const Direction& d = p.direction[i];
+    for (const Plane* t : {&d.u, &d.delta, &d.du, &d.ddelta}) whole = whole && fits(*t);
+    whole = whole && fits(d.B) && fits(d.C);
+  }
+  return whole;
+}
+
+// Runs Kernel<its shape, what it may rely on>::run(at, params, blocks) for the sizes of `args`.
+template <template <class, class> class Kernel, template <class> class ShapeOf, class Cases>
 const char* launch_scan(const Launch& at, const ScanArgs& args) {
   ScanParams p = scan_params(args);
   return Cases::pick(p.dstate, [&](auto c) -> const char* {
     using S = ShapeOf<decltype(c)>;
     p.tiles = ceil_div(p.dim / p.groups, S::channels);
     const int64_t blocks = int64_t(p.batch) * p.groups * p.tiles;
-    const char* error = !strides_fit(args)   ? "selective_scan: a stride of 2^31 elements or more; make the tensor contiguous"
-                        : blocks > INT_MAX ? "selective_scan: too many channels for one launch" : Kernel<S>::run(at, p, int(blocks));
-    return with_sizes(error, "batch %d, dim %d, seqlen %d, dstate %d", p.batch, p.dim, p.seqlen, p.dstate);
+    const auto run = [&]() -> const char* {
+      if (!strides_fit(args)) return "selective_scan: a stride of 2^24 elements or more; make the tensor contiguous";
+      if (blocks > INT_MAX) return "selective_scan: too many channels for one launch";
+      if constexpr (S::staged && S::dstate <= 16) {
+        if (is_whole<S>(p, DType::f32)) return Kernel<S, Whole<float>>::run(at, p, int(blocks));
+        if (is_whole<S>(p, DType::f16)) return Kernel<S, Whole<__half>>::run(at, p, int(blocks));
+      }
+      return Kernel<S, Any>::run(at, p, int(blocks));
+    };
+    return with_sizes(run(), "batch %d, dim %d, seqlen %d, dstate %d", p.batch, p.dim, p.seqlen, p.dstate);
   });
 }
 

@@ -22,29 +22,25 @@ struct Shape {
   static_assert(threads % 32 == 0 && kLanes <= 32 && kSteps % kLanes == 0 && kChunk % kSteps == 0);
 };
 
-// A (batch, dim, seqlen) tensor.
-struct Rows {
+// A tensor of (batch, k, step), k being a channel or a state, of any float dtype.
+struct Plane {
   char* data = nullptr;
   DType dtype = DType::none;
   int64_t batch = 0;
-  int dim = 0, step = 0;  // 32 bits: a 64-bit product costs four instructions. scan_launch.h refuses longer ones
-  bool packed = false;    // a thread's neighbouring elements lie side by side, on an aligned address: see Elements
+  int k = 0, step = 0;  // 32 bits: a 64-bit product costs four instructions. scan_launch.h refuses longer ones
+  bool packed = false;  // a packet lies side by side, on an aligned address: see Part
   __host__ __device__ explicit operator bool() const { return data != nullptr; }
 };
 
-// B or C. Staged: any float dtype, strides of (batch, group, state, step). Direct: fp32, the states of a step next to each other.
-struct Coefficient {
-  char* data = nullptr;
-  DType dtype = DType::none;
-  int64_t batch = 0, group = 0;
-  int state = 0, step = 0;
-  bool packed = false;    // staged only: as Rows::packed
+// B or C. Staged: as it is. Direct: fp32, the states of a step next to each other.
+struct Coefficient : Plane {
+  int64_t group = 0;
   bool constant = false;  // direct only: `group` counts channels
 };
 
 struct Direction {
   int reverse = 0;
-  Rows u, delta, du, ddelta;
+  Plane u, delta, du, ddelta;
   Coefficient B, C;
   const float *A = nullptr, *D = nullptr, *delta_bias = nullptr, *initial_state = nullptr, *dlast_state = nullptr;
   float *last_state = nullptr, *states = nullptr;
@@ -53,7 +49,8 @@ struct Direction {
 
 struct ScanParams {
   Direction direction[2];
-  Rows z, out, partial, dout, dz;
+  Plane z, out, dout, dz;
+  Plane partial;  // where the direction that comes first leaves its y
   const int* seq_idx = nullptr;
   int directions = 1, batch = 0, dim = 0, seqlen = 0, dstate = 0;
   int groups = 1, tiles = 1;  // tiles of a group
@@ -62,6 +59,19 @@ struct ScanParams {
   float scale = 1.0f;
   int softplus = 0;
   int shares_u = 0, shares_delta = 0;  // both directions read, and have the gradient of, the same tensor
+};
+
+// What a kernel may rely on. Any: nothing. Whole: every float tensor is of type T, every chunk and tile is full, every packet one access, and no
+// state restarts; so a kernel for it has no branches on these.
+struct Any {
+  static constexpr bool whole = false;
+  using word = uint32_t;
+};
+template <class T>
+struct Whole {
+  static constexpr bool whole = true;
+  using type = T;
+  using word = std::conditional_t<std::is_same_v<T, float>, float, uint32_t>;
 };
 
 struct Tile {
@@ -83,10 +93,13 @@ struct Tile {
 // A stretch of time: steps first .. first + count.
 struct Chunk {
   int index, first, count;
+  bool whole;
 
-  template <class S>
+  template <class S, class M>
   static __device__ Chunk at(int index, int seqlen) {
-    return {index, index * S::steps, min(S::steps, seqlen - index * S::steps)};
+    const int first = index * S::steps, left = seqlen - first;
+    if (M::whole) return {index, first, S::steps, true};
+    return {index, first, min(S::steps, left), left >= S::steps};
   }
 };
 
@@ -104,13 +117,13 @@ __device__ inline float exp2_fast(float x) {  // NaN stays NaN
 #endif
 }
 
-// log(1 + exp(x)) = max(x, 0) + 2 atanh(e / (2 + e)) with e = exp(-|x|) <= 1: no cancellation anywhere. Above 20 it is x in fp32.
+// log(1 + exp(x)) = max(x, 0) + 2 atanh(s), s = e / (2 + e), e = exp(-|x|) <= 1: no cancellation anywhere. 2 atanh(s) / s by a polynomial in s^2,
+// whose relative error is below 2e-8. Above 20 it is x in fp32.
 __device__ inline float softplus(float x) {
   const float e = exp2_fast(-fabsf(x) * kLog2e), s = __fdividef(e, 2.0f + e), q = s * s;
-  float poly = 2.0f / 13;
-  poly = fmaf(poly, q, 2.0f / 11), poly = fmaf(poly, q, 2.0f / 9), poly = fmaf(poly, q, 2.0f / 7);
-  poly = fmaf(poly, q, 2.0f / 5), poly = fmaf(poly, q, 2.0f / 3), poly = fmaf(poly, q, 2.0f);
-  return (x > 0 ? x : 0.0f) + s * poly;  // the NaN of x comes through s
+  float poly = fmaf(0.26851499f, q, 0.28236619f);
+  poly = fmaf(poly, q, 0.40007561f), poly = fmaf(poly, q, 0.66666639f), poly = fmaf(poly, q, 2.0f);
+  return fmaf(s, poly, fmaxf(x, 0.0f));  // the NaN of x comes through s
 }
 
 // The derivative of softplus from its value: 1 - exp(-value), by a series where that cancels.
@@ -123,186 +136,269 @@ __device__ inline float softplus_slope(float value) {
 
 __device__ inline float sigmoid(float x) { return __fdividef(1.0f, 1.0f + exp2_fast(-x * kLog2e)); }
 
+__device__ inline float times_silu(float y, float z) { return __fdividef(y * z, 1.0f + exp2_fast(-z * kLog2e)); }
+
+// The value of the thread that is `apart` threads away, within a warp. Without a detour over integer registers.
+template <int apart>
+__device__ inline float exchange(float v) {
+#ifdef PIXELBYTES_EMULATE
+  return __shfl_xor_sync(0xffffffffu, v, apart);
+#else
+  float other;
+  asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 31, 0xffffffff;" : "=f"(other) : "f"(v), "n"(apart));
+  return other;
+#endif
+}
+
 // The sum over `lanes` neighbouring threads, from `apart` threads apart onwards, in each of them.
 template <int lanes, int apart = 1>
 __device__ inline float sum_of_lanes(float v) {
-#pragma unroll
-  for (int lane = apart; lane < lanes; lane *= 2) v += __shfl_xor_sync(0xffffffffu, v, lane);
-  return v;
+  if constexpr (apart < lanes)
+    return sum_of_lanes<lanes, 2 * apart>(v + exchange<apart>(v));
+  else
+    return v;
 }
 
 // Sums each of the values over `lanes` neighbouring threads; thread `part` (of those below `count`) is left with the sum of value `part`.
 template <int lanes, int count>
 __device__ inline float sum_to_lane(float (&v)[count], int part) {
-  static_assert(count == 4 && lanes >= 4);
-#pragma unroll
-  for (int half = count / 2; half >= 1; half /= 2) {
+  static_assert(lanes >= 4);
+  if constexpr (count == 1) {
+    return sum_of_lanes<lanes, 4>(v[0]);  // it started from four values
+  } else {
+    constexpr int half = count / 2;
     const bool upper = part & half;
+    float kept[half];
 #pragma unroll
-    for (int i = 0; i < half; ++i) {
-      const float send = upper ? v[i] : v[i + half], keep = upper ? v[i + half] : v[i];
-      v[i] = keep + __shfl_xor_sync(0xffffffffu, send, half);
-    }
+    for (int i = 0; i < half; ++i) kept[i] = (upper ? v[i + half] : v[i]) + exchange<half>(upper ? v[i] : v[i + half]);
+    return sum_to_lane<lanes, half>(kept, part);
   }
-  return sum_of_lanes<lanes, count>(v[0]);
+}
+
+// ---- addresses ------------------------------------------------------------------------------------------------------------------------
+
+// Keep the compiler from forming a number anew wherever it is needed.
+__device__ inline int settled(int v) {
+#ifndef PIXELBYTES_EMULATE
+  asm volatile("" : "+r"(v));
+#endif
+  return v;
+}
+__device__ inline int64_t settled(int64_t v) {
+#ifndef PIXELBYTES_EMULATE
+  asm volatile("" : "+l"(v));
+#endif
+  return v;
+}
+template <class T>
+__device__ inline T* at_offset(void* base, int bytes) {
+  return reinterpret_cast<T*>(static_cast<char*>(base) + settled(bytes));
 }
 
 // ---- staging --------------------------------------------------------------------------------------------------------------------------
 
-// Which elements (step, channel) of a chunk a thread loads and stores: `packets` times `width` neighbours along the axis that is contiguous in
-// memory, so that a packet is one access. Element i is number i % width of packet i / width.
+// f(a value of the dtype's type). What is tested first costs least.
+template <class M, class F>
+__device__ inline void with_dtype(DType dtype, F&& f) {
+  if constexpr (M::whole) {
+    f(typename M::type());
+  } else {
+    if (dtype == DType::f32) return f(float());
+    if constexpr (kRunsHere<__nv_bfloat16>) {
+      if (dtype == DType::bf16) return f(__nv_bfloat16());
+    }
+    f(__half());
+  }
+}
+
+// Which elements (step, k) of a chunk a thread loads and stores, k being a channel or a state: `packets` times `width` neighbours along one
+// axis, so that a packet is one access where that axis is contiguous in memory. Element i is number i % width of packet i / width.
+template <int kCount>
+struct Part {
+  static constexpr int count = kCount, width = kCount < 4 ? kCount : 4, packets = kCount / width;
+  bool along_steps;
+  int step, k;        // of element 0
+  int step_by, k_by;  // from packet to packet
+
+  __device__ int step_of(int i) const { return step + i / width * step_by + (along_steps ? i % width : 0); }
+  __device__ int k_of(int i) const { return k + i / width * k_by + (along_steps ? 0 : i % width); }
+};
+
+// Of (step, channel).
 template <class S>
-struct Elements {
-  static constexpr int width = S::elements < 4 ? S::elements : 4, packets = S::elements / width;
-  bool time_fast;
-  int step, channel;        // of element 0
-  int step_by, channel_by;  // from packet to packet
+struct Elements : Part<S::elements> {
+  using Base = Part<S::elements>;
 
-  __device__ Elements(int thread, bool time_fast_) : time_fast(time_fast_) {
-    constexpr int kAcross = S::channels / width, kAlong = S::steps / width;
-    step = time_fast ? thread % kAlong * width : thread / kAcross;
-    channel = time_fast ? thread / kAlong : thread % kAcross * width;
-    step_by = time_fast ? 0 : S::threads / kAcross;
-    channel_by = time_fast ? S::threads / kAlong : 0;
+  int first_slot, next_slot, by_packet;  // in a plane (step, channel) of S::pitch
+
+  __device__ Elements(unsigned thread, bool time_fast) {
+    constexpr unsigned kAcross = S::channels / Base::width, kAlong = S::steps / Base::width;
+    this->along_steps = time_fast;
+    this->step = int(time_fast ? thread % kAlong * Base::width : thread / kAcross);
+    this->k = int(time_fast ? thread / kAlong : thread % kAcross * Base::width);
+    this->step_by = time_fast ? 0 : S::threads / kAcross;
+    this->k_by = time_fast ? S::threads / kAlong : 0;
+    first_slot = settled(this->step * S::pitch + this->k);
+    next_slot = settled(time_fast ? S::pitch : 1);
+    by_packet = this->step_by * S::pitch + this->k_by;
   }
-  __device__ int step_of(int i) const { return step + i / width * step_by + (time_fast ? i % width : 0); }
-  __device__ int channel_of(int i) const { return channel + i / width * channel_by + (time_fast ? 0 : i % width); }
-  __device__ int slot(int i) const { return step_of(i) * S::pitch + channel_of(i); }
+  __device__ int slot(int i) const { return first_slot + i / Base::width * by_packet + i % Base::width * next_slot; }
+};
 
-  // Zeros where the tile or the chunk has no such element.
-  __device__ void load(const Rows& rows, const Tile& tile, const Chunk& chunk, float (&v)[S::elements]) const {
-    if (rows.dtype == DType::f16) return load_as<__half>(rows, tile, chunk, v);
-    if (rows.dtype == DType::bf16) return load_as<__nv_bfloat16>(rows, tile, chunk, v);
-    load_as<float>(rows, tile, chunk, v);
+// Of a staged B or C: (step, state). A packet lies along the states, whichever axis the threads follow.
+template <class S>
+struct CoefficientElements : Part<S::staged ? S::steps * S::dstate / S::threads : 1> {
+  using Base = Part<S::staged ? S::steps * S::dstate / S::threads : 1>;
+  static_assert(!S::staged || S::dstate % Base::width == 0);
+
+  __device__ CoefficientElements(unsigned thread, bool state_fast) {
+    constexpr unsigned kAcross = S::dstate / Base::width;
+    this->along_steps = false;
+    this->step = int(state_fast ? thread / kAcross : thread % S::steps);
+    this->k = int(state_fast ? thread % kAcross * Base::width : thread / S::steps * Base::width);
+    this->step_by = state_fast ? S::threads / kAcross : 0;
+    this->k_by = state_fast ? 0 : S::threads / S::steps * Base::width;
+    if (state_fast && S::threads < kAcross) this->step_by = 0, this->k_by = S::threads * Base::width;
   }
-  __device__ void store(const Rows& rows, const Tile& tile, const Chunk& chunk, const float (&v)[S::elements]) const {
-    if (rows.dtype == DType::f16) return store_as<__half>(rows, tile, chunk, v);
-    if (rows.dtype == DType::bf16) return store_as<__nv_bfloat16>(rows, tile, chunk, v);
-    store_as<float>(rows, tile, chunk, v);
-  }
-
- private:
-  static __device__ bool is_whole(const Tile& tile, const Chunk& chunk) { return tile.count == S::channels && chunk.count == S::steps; }
-
-  template <class T>
-  __device__ T* place(const Rows& rows, const Tile& tile, const Chunk& chunk) const {
-    return reinterpret_cast<T*>(rows.data) + tile.batch * rows.batch + int64_t(tile.first + channel) * rows.dim +
-           int64_t(chunk.first + step) * rows.step;
-  }
-  __device__ int64_t from_packet_to_packet(const Rows& rows) const { return time_fast ? int64_t(channel_by) * rows.dim : int64_t(step_by) * rows.step; }
-
-  template <class T>
-  __device__ void load_as(const Rows& rows, const Tile& tile, const Chunk& chunk, float (&v)[S::elements]) const {
-    const T* p = place<T>(rows, tile, chunk);
-    const int64_t by = from_packet_to_packet(rows);
-    if (rows.packed && is_whole(tile, chunk)) {
+  // Into rows of S::row floats.
+  __device__ void put(float* rows, const float (&v)[Base::count]) const {
+    float* to = rows + this->step * S::row + this->k;
+    const int by = this->step_by * S::row + this->k_by;
 #pragma unroll
-      for (int i = 0; i < packets; ++i, p += by) {
-        float packet[width];
-        load_many<width>(p, packet);
+    for (int i = 0; i < Base::packets; ++i, to += by) {
+      if constexpr (Base::width == 4)
+        *reinterpret_cast<float4*>(to) = make_float4(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]);
+      else
 #pragma unroll
-        for (int k = 0; k < width; ++k) v[i * width + k] = packet[k];
-      }
-      return;
-    }
-    const int64_t next = time_fast ? rows.step : rows.dim;
-#pragma unroll
-    for (int i = 0; i < packets; ++i, p += by) {
-#pragma unroll
-      for (int k = 0; k < width; ++k) {
-        const int n = i * width + k;
-        v[n] = step_of(n) < chunk.count && channel_of(n) < tile.count ? cuda::load(p + k * next) : 0.0f;
-      }
-    }
-  }
-
-  template <class T>
-  __device__ void store_as(const Rows& rows, const Tile& tile, const Chunk& chunk, const float (&v)[S::elements]) const {
-    T* p = place<T>(rows, tile, chunk);
-    const int64_t by = from_packet_to_packet(rows);
-    if (rows.packed && is_whole(tile, chunk)) {
-#pragma unroll
-      for (int i = 0; i < packets; ++i, p += by) {
-        float packet[width];
-#pragma unroll
-        for (int k = 0; k < width; ++k) packet[k] = v[i * width + k];
-        store_many<width>(p, packet);
-      }
-      return;
-    }
-    const int64_t next = time_fast ? rows.step : rows.dim;
-#pragma unroll
-    for (int i = 0; i < packets; ++i, p += by) {
-#pragma unroll
-      for (int k = 0; k < width; ++k) {
-        const int n = i * width + k;
-        if (step_of(n) < chunk.count && channel_of(n) < tile.count) cuda::store(p + k * next, v[n]);
-      }
+        for (int k = 0; k < Base::width; ++k) to[k] = v[i * Base::width + k];
     }
   }
 };
 
-// The same for a staged chunk of B or C: elements (step, state). A packet lies along the states, whichever axis the threads follow.
-template <class S>
-struct CoefficientElements {
-  static constexpr int count = S::staged ? S::steps * S::dstate / S::threads : 1, width = count < 4 ? count : 4, packets = count / width;
-  static_assert(!S::staged || S::dstate % width == 0);
-  int step, state, step_by, state_by;
+// Elements as they lie in memory, packed from the low end of each packet's words: a load in flight waits for no conversion.
+template <class P, class M>
+struct Raw {
+  typename M::word word[P::count];
+};
 
-  __device__ CoefficientElements(int thread, bool state_fast) {
-    constexpr int kAcross = S::dstate / width;
-    step = state_fast ? thread / kAcross : thread % S::steps;
-    state = state_fast ? thread % kAcross * width : thread / S::steps * width;
-    step_by = state_fast ? S::threads / kAcross : 0;
-    state_by = state_fast ? 0 : S::threads / S::steps * width;
-    if (state_fast && S::threads < kAcross) step_by = 0, state_by = S::threads * width;
+// A thread's part of a tensor, chunk after chunk in the order of its direction's visits. What every access needs is in registers, the rest stays
+// with the kernel's parameters.
+template <class P, class M>
+struct Stream {
+  const Plane& plane;
+  const P& part;
+  char* here;       // the thread's first element of the present chunk
+  int onward;       // bytes to the next
+  bool packed;      // a packet of a whole chunk is one access
+  int k_count;      // elements exist for k below this
+
+  // `base`: elements before the first of the tile; `chunk`: the one visited first; `by`: +1 or -1.
+  __device__ Stream(const Plane& plane_, const P& part_, int64_t base, const Chunk& chunk, int by, int steps, int k_count_, int k_whole)
+      : plane(plane_), part(part_), packed(plane_.packed && k_count_ == k_whole), k_count(k_count_) {
+    const int item = item_bytes();
+    here = plane.data + (base + (int64_t(chunk.first) + part.step) * plane.step + int64_t(part.k) * plane.k) * item;
+    onward = settled(by * steps * item * plane.step);
+  }
+  __device__ explicit operator bool() const { return plane.data != nullptr; }
+  __device__ void advance() { here += onward; }
+
+  // Zeros where there is no such element.
+  template <bool readonly = false>
+  __device__ void load(const Chunk& chunk, Raw<P, M>& raw) const {
+    with_dtype<M>(plane.dtype, [&](auto example) {
+      using T = decltype(example);
+      constexpr int kWords = ceil_div(P::width * int(sizeof(T)), 4);
+      const char* p = here;
+      if (M::whole || (packed && chunk.whole)) {
+#pragma unroll
+        for (int i = 0; i < P::packets; ++i) load_words<readonly, P::width * int(sizeof(T))>(p + i * by_packet<T>(), raw.word + i * P::width);
+      } else {
+#pragma unroll
+        for (int i = 0; i < P::packets; ++i) {
+          union { uint32_t word[kWords]; T each[4 * kWords / sizeof(T)]; } packet = {};
+#pragma unroll
+          for (int k = 0; k < P::width; ++k) {
+            if (!exists(chunk, i * P::width + k)) continue;
+            const T* from = reinterpret_cast<const T*>(p + i * by_packet<T>()) + k * next();
+            packet.each[k] = readonly ? load_value_readonly(from) : load_value(from);
+          }
+#pragma unroll
+          for (int w = 0; w < kWords; ++w) raw.word[i * P::width + w] = packet.word[w];
+        }
+      }
+    });
   }
 
-  // Zeros beyond the chunk and beyond dstate.
-  __device__ void load(const Coefficient& from, const Tile& tile, const Chunk& chunk, int dstate, float (&v)[count]) const {
-    if (from.dtype == DType::f16) return load_as<__half>(from, tile, chunk, dstate, v);
-    if (from.dtype == DType::bf16) return load_as<__nv_bfloat16>(from, tile, chunk, dstate, v);
-    load_as<float>(from, tile, chunk, dstate, v);
+  // What load brought, as fp32.
+  __device__ void open(const Raw<P, M>& raw, float (&v)[P::count]) const {
+    with_dtype<M>(plane.dtype, [&](auto example) {
+      using T = decltype(example);
+      constexpr int kWords = ceil_div(P::width * int(sizeof(T)), 4);
+      if constexpr (std::is_same_v<T, typename M::word>) {
+#pragma unroll
+        for (int i = 0; i < P::count; ++i) v[i] = raw.word[i];
+      } else {
+#pragma unroll
+        for (int i = 0; i < P::packets; ++i) {
+          union { uint32_t word[kWords]; T each[4 * kWords / sizeof(T)]; } packet;
+#pragma unroll
+          for (int w = 0; w < kWords; ++w) packet.word[w] = raw.word[i * P::width + w];
+#pragma unroll
+          for (int k = 0; k < P::width; ++k) v[i * P::width + k] = to_float(packet.each[k]);
+        }
+      }
+    });
+  }
+  __device__ void load(const Chunk& chunk, float (&v)[P::count]) const {
+    Raw<P, M> raw;
+    load(chunk, raw);
+    open(raw, v);
   }
 
-  // Into rows of S::row floats.
-  __device__ void put(float* rows, const float (&v)[count]) const {
-    float* to = rows + step * S::row + state;
-    const int by = step_by * S::row + state_by;
+  __device__ void store(const Chunk& chunk, const float (&v)[P::count]) const {
+    with_dtype<M>(plane.dtype, [&](auto example) {
+      using T = decltype(example);
+      char* p = here;
 #pragma unroll
-    for (int i = 0; i < packets; ++i, to += by) {
-      if constexpr (width == 4)
-        *reinterpret_cast<float4*>(to) = make_float4(v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]);
-      else
+      for (int i = 0; i < P::packets; ++i) {
+        T* to = reinterpret_cast<T*>(p + i * by_packet<T>());
+        if (M::whole || (packed && chunk.whole)) {
+          float packet[P::width];
 #pragma unroll
-        for (int k = 0; k < width; ++k) to[k] = v[i * width + k];
-    }
+          for (int k = 0; k < P::width; ++k) packet[k] = v[i * P::width + k];
+          store_many<P::width>(to, packet);
+        } else {
+#pragma unroll
+          for (int k = 0; k < P::width; ++k)
+            if (exists(chunk, i * P::width + k)) cuda::store(to + k * next(), v[i * P::width + k]);
+        }
+      }
+    });
   }
 
  private:
+  __device__ int item_bytes() const {
+    if constexpr (M::whole) return int(sizeof(typename M::type));
+    return plane.dtype == DType::f32 ? 4 : 2;
+  }
+  __device__ int64_t next() const { return part.along_steps ? plane.step : plane.k; }  // from neighbour to neighbour, in elements
   template <class T>
-  __device__ void load_as(const Coefficient& from, const Tile& tile, const Chunk& chunk, int dstate, float (&v)[count]) const {
-    const T* p = reinterpret_cast<const T*>(from.data) + tile.batch * from.batch + tile.group * from.group +
-                 int64_t(chunk.first + step) * from.step + int64_t(state) * from.state;
-    const int64_t by = int64_t(step_by) * from.step + int64_t(state_by) * from.state;
-    if (from.packed && chunk.count == S::steps && dstate == S::dstate) {
-#pragma unroll
-      for (int i = 0; i < packets; ++i, p += by) {
-        float packet[width];
-        load_many_readonly<width>(p, packet);
-#pragma unroll
-        for (int k = 0; k < width; ++k) v[i * width + k] = packet[k];
-      }
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < packets; ++i, p += by) {
-#pragma unroll
-      for (int k = 0; k < width; ++k) {
-        const bool real = step + i * step_by < chunk.count && state + i * state_by + k < dstate;
-        v[i * width + k] = real ? cuda::load_readonly(p + int64_t(k) * from.state) : 0.0f;
-      }
-    }
+  __device__ int64_t by_packet() const { return (int64_t(part.step_by) * plane.step + int64_t(part.k_by) * plane.k) * int64_t(sizeof(T)); }
+  __device__ bool exists(const Chunk& chunk, int i) const { return part.step_of(i) < chunk.count && part.k_of(i) < k_count; }
+};
+
+// Where a thread's walk begins.
+template <class S, class M>
+struct Start {
+  const Tile& tile;
+  const Chunk& chunk;
+  int by;
+
+  __device__ Stream<Elements<S>, M> of(const Plane& plane, const Elements<S>& elements) const {
+    return {plane, elements, tile.batch * plane.batch + int64_t(tile.first) * plane.k, chunk, by, S::steps, tile.count, S::channels};
+  }
+  __device__ Stream<CoefficientElements<S>, M> of(const Coefficient& c, const CoefficientElements<S>& elements, int dstate) const {
+    return {c, elements, tile.batch * c.batch + tile.group * c.group, chunk, by, S::steps, dstate, S::dstate};
   }
 };
 
@@ -328,6 +424,7 @@ struct Coefficients {
   const float *B, *C;
   int B_step, C_step;
 
+  // `rows`: where the staged rows of this direction are.
   __device__ Coefficients(const Direction& d, const Tile& tile, int channel, int part, const float* rows) {
     if constexpr (S::staged) {
       B = rows + part * S::states, C = B + S::dstate, B_step = C_step = S::row;
