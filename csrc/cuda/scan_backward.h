@@ -16,17 +16,24 @@ namespace {
 constexpr int kGroup = 4;  // steps whose states are kept at once
 constexpr int kGroups = kChunk / kGroup;
 
-// Threads that a multiprocessor is to hold at dstate 16. On sm_75 shared memory ends at 256; elsewhere a few more are worth a few bytes of
-// spilled registers.
+// Chunks next to the middle whose du, ddelta and y wait in registers for the other direction: all of a row of 256.
+template <class S, class M>
+constexpr int kKept = M::whole && S::elements == 8 ? 4 : 0;
+
+// Threads that a multiprocessor is to hold. On sm_75 shared memory ends at 256; elsewhere a few more are worth a few bytes of spilled registers.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-constexpr int kResidentThreads = 384;
+template <class S, class M>
+constexpr int kResidentThreads = S::dstate <= 16 && kKept<S, M> == 0 ? 384 : 256;
 #else
+template <class S, class M>
 constexpr int kResidentThreads = 256;
 #endif
 
+// Planes (place, channel): a step's place is where the direction's own time has it, so that both directions walk upwards.
 template <class S>
 struct alignas(16) SharedBackward {
-  float delta[kChunk * S::pitch], u[kChunk * S::pitch], dy[kChunk * S::pitch];
+  float2 inputs[kChunk * S::pitch];  // dt and u, which ddelta and du replace
+  float dy[kChunk * S::pitch];       // which y replaces
   alignas(16) float rows[S::staged ? kChunk * S::row : 4];
   float delta_bias[S::channels];
   alignas(16) float states[kGroup * S::channels * S::dstate];  // (step of the group, channel, state)
@@ -44,65 +51,8 @@ __device__ inline void write_states(float* p, const float (&v)[count]) {
   }
 }
 
-// Sums of factor * state over the channels of the tile, for the steps of a group, into an addend of dB or dC. `factor(step, channel)`.
-template <class S, class Factor>
-__device__ inline void sum_over_channels(const ScanParams& p, const Tile& tile, const Chunk& chunk, int start, int by, int count, int thread,
-                                         const float* states, float* gradient, Factor factor) {
-  constexpr int kFours = S::dstate / 4, kTasks = kGroup * kFours;
-  constexpr int kRounds = kTasks > S::threads ? kTasks / S::threads : 1, kSplit = kTasks > S::threads ? 1 : S::threads / kTasks;
-  static_assert(kSplit * kFours <= 32 || kSplit == 1);
-#pragma unroll
-  for (int round = 0; round < kRounds; ++round) {
-    const int task = round * S::threads + thread;
-    const int four = task % kFours, share = task / kFours % kSplit, j = task / (kFours * kSplit);
-    float sum[4] = {};
-    if (j < count) {
-#pragma unroll
-      for (int i = 0; i < S::channels / kSplit; ++i) {
-        const int channel = share + i * kSplit;
-        if (channel >= tile.count) break;
-        float v[4];
-        read_states(states + (j * S::channels + channel) * S::dstate + 4 * four, v);
-        const float f = factor(start + j * by, channel);
-#pragma unroll
-        for (int n = 0; n < 4; ++n) sum[n] = fmaf(f, v[n], sum[n]);
-      }
-    }
-    if constexpr (kSplit > 1) {
-#pragma unroll
-      for (int n = 0; n < 4; ++n) sum[n] = sum_of_lanes<kSplit * kFours, kFours>(sum[n]);
-    }
-    if (j < count && share == 0) {
-      const int64_t at = ((int64_t(tile.index) * p.batch + tile.batch) * p.groups + tile.group) * p.seqlen + chunk.first + start + j * by;
-      store_many<4>(gradient + at * S::dstate + 4 * four, sum);
-    }
-  }
-}
-
-// The same for a coefficient that is constant in time: sums over the steps of a group, added to what earlier groups left.
-template <class S, class Factor>
-__device__ inline void sum_over_steps(const ScanParams& p, const Tile& tile, int start, int by, int count, int thread, const float* states,
-                                      float* gradient, Factor factor) {
-  constexpr int kFours = S::dstate / 4, kTasks = S::channels * kFours;
-  for (int task = thread; task < kTasks; task += S::threads) {
-    const int four = task % kFours, channel = task / kFours;
-    if (channel >= tile.count) break;
-    float* const place = gradient + (int64_t(tile.batch) * p.dim + tile.first + channel) * S::dstate + 4 * four;
-    float sum[4];
-    load_many<4>(place, sum);
-    for (int j = 0; j < count; ++j) {
-      float v[4];
-      read_states(states + (j * S::channels + channel) * S::dstate + 4 * four, v);
-      const float f = factor(start + j * by, channel);
-#pragma unroll
-      for (int n = 0; n < 4; ++n) sum[n] = fmaf(f, v[n], sum[n]);
-    }
-    store_many<4>(place, sum);
-  }
-}
-
 // One chunk: forwards for the states, then back.
-template <class S>
+template <class S, class M>
 struct Walk {
   const ScanParams& p;
   const Direction& d;
@@ -110,85 +60,150 @@ struct Walk {
   const Chunk& chunk;
   const Coefficients<S>& coefficients;
   SharedBackward<S>& own;
-  float* own_states;  // of this thread, at step 0 of a group
-  const unsigned resets;
+  float* own_states;   // of this thread, at step 0 of a group
+  float2* own_inputs;  // of this thread's channel, at place 0
+  float* own_dy;
+  const unsigned resets;  // by place
   const int thread, channel, part;
   const bool wants_y;
   const float D;
+
+  __device__ int time_of(int place) const { return chunk.first + (d.reverse ? kChunk - 1 - place : place); }
+
+  // Sums of factor * state over the channels of the tile, for the steps of a group, into an addend of dB or dC. `factor(place, channel)`.
+  template <class Factor>
+  __device__ void sum_over_channels(int first, int count, float* gradient, Factor factor) const {
+    constexpr int kFours = S::dstate / 4, kTasks = kGroup * kFours;
+    constexpr int kRounds = kTasks > S::threads ? kTasks / S::threads : 1, kSplit = kTasks > S::threads ? 1 : S::threads / kTasks;
+    static_assert(kSplit * kFours <= 32 || kSplit == 1);
+#pragma unroll
+    for (int round = 0; round < kRounds; ++round) {
+      const int task = round * S::threads + thread;
+      const int four = task % kFours, share = task / kFours % kSplit, j = task / (kFours * kSplit);
+      float sum[4] = {};
+      if (M::whole || j < count) {
+#pragma unroll
+        for (int i = 0; i < S::channels / kSplit; ++i) {
+          const int c = share + i * kSplit;
+          if (!M::whole && c >= tile.count) break;
+          float v[4];
+          read_states(own.states + (j * S::channels + c) * S::dstate + 4 * four, v);
+          const float f = factor(first + j, c);
+#pragma unroll
+          for (int n = 0; n < 4; ++n) sum[n] = i ? fmaf(f, v[n], sum[n]) : f * v[n];
+        }
+      }
+      const auto place = [&] {
+        const int64_t row = ((int64_t(tile.index) * p.batch + tile.batch) * p.groups + tile.group) * p.seqlen + time_of(first + j);
+        return gradient + row * S::dstate + 4 * four;
+      };
+      if constexpr (kSplit >= 4) {
+        const float total = sum_to_lane<kSplit, kFours>(sum, share);
+        if ((kSplit == 4 || share < 4) && (M::whole || j < count)) store_value(place() + share, total);
+      } else {
+#pragma unroll
+        for (int n = 0; n < 4; ++n) sum[n] = sum_of_lanes<kSplit * kFours, kFours>(sum[n]);
+        if (share == 0 && (M::whole || j < count)) store_many<4>(place(), sum);
+      }
+    }
+  }
+
+  // The same for a coefficient that is constant in time: sums over the steps of a group, added to what earlier groups left.
+  template <class Factor>
+  __device__ void sum_over_steps(int first, int count, float* gradient, Factor factor) const {
+    constexpr int kFours = S::dstate / 4, kTasks = S::channels * kFours;
+    for (int task = thread; task < kTasks; task += S::threads) {
+      const int four = task % kFours, c = task / kFours;
+      if (c >= tile.count) break;
+      float* const place = gradient + (int64_t(tile.batch) * p.dim + tile.first + c) * S::dstate + 4 * four;
+      float sum[4];
+      load_many<4>(place, sum);
+      for (int j = 0; j < count; ++j) {
+        float v[4];
+        read_states(own.states + (j * S::channels + c) * S::dstate + 4 * four, v);
+        const float f = factor(first + j, c);
+#pragma unroll
+        for (int n = 0; n < 4; ++n) sum[n] = fmaf(f, v[n], sum[n]);
+      }
+      store_many<4>(place, sum);
+    }
+  }
+
+  template <class Factor>
+  __device__ void sum_into(const Coefficient& coefficient, int first, int count, float* gradient, Factor factor) const {
+    if (!gradient) return;
+    if (!S::staged && coefficient.constant)
+      sum_over_steps(first, count, gradient, factor);
+    else
+      sum_over_channels(first, count, gradient, factor);
+  }
 
   // careful: steps may be missing at the end of the chunk's walk, and states may restart.
   template <bool careful>
   __device__ void run(const float (&A)[S::states], float (&h)[S::states], float (&g)[S::states], float (&dA)[S::states], float& dD,
                       float& dbias) const {
-    // Step k of the chunk in the direction's own time has the slot start + k * by.
-    const int start = d.reverse ? chunk.count - 1 : 0, by = d.reverse ? -1 : 1;
+    const int start = careful && d.reverse ? kChunk - chunk.count : 0;  // place of the walk's first step
     float entry[kGroups][S::states];  // state at the entry of each group
 #pragma unroll 1
     for (int group = 0; group < kGroups; ++group) {
 #pragma unroll
       for (int i = 0; i < S::states; ++i) entry[group][i] = h[i];
       if (group == kGroups - 1) break;
+      const int first = start + group * kGroup;
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) {
-        const int k = group * kGroup + j, step = start + k * by;
-        if (careful && k >= chunk.count) break;
-        const int slot = step * S::pitch + channel;
-        const float dt = own.delta[slot], v = dt * own.u[slot];
+        if (careful && group * kGroup + j >= chunk.count) break;
+        const float2 in = own_inputs[(first + j) * S::pitch];
+        const float v = in.x * in.y;
         float B[S::states];
-        coefficients.read_B(chunk, step, B);
-        const bool reset = careful && resets >> step & 1;
+        coefficients.read_B(chunk, first + j, B);
+        const bool reset = careful && resets >> (first + j) & 1;
 #pragma unroll
-        for (int i = 0; i < S::states; ++i) h[i] = fmaf(exp2_fast(dt * A[i]), reset ? 0.0f : h[i], v * B[i]);
+        for (int i = 0; i < S::states; ++i) h[i] = fmaf(exp2_fast(in.x * A[i]), reset ? 0.0f : h[i], v * B[i]);
       }
     }
 
 #pragma unroll 1
     for (int group = kGroups - 1; group >= 0; --group) {
-      const int first = start + group * kGroup * by;
+      const int first = start + group * kGroup;
       const int count = careful ? min(kGroup, chunk.count - group * kGroup) : kGroup;  // not positive where the chunk has ended
-      float a[kGroup][S::states], y[kGroup] = {};
+      float a[kGroup][S::states], y[kGroup] = {}, dt[kGroup] = {};
 #pragma unroll
       for (int i = 0; i < S::states; ++i) h[i] = entry[group][i];
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) {
-        if (j >= count) break;
-        const int step = first + j * by, slot = step * S::pitch + channel;
-        const float dt = own.delta[slot], v = dt * own.u[slot];
+        if (careful && j >= count) break;
+        const float2 in = own_inputs[(first + j) * S::pitch];
+        const float v = in.x * in.y;
+        dt[j] = in.x;
         float B[S::states];
-        coefficients.read_B(chunk, step, B);
-        const bool reset = careful && resets >> step & 1;
+        coefficients.read_B(chunk, first + j, B);
+        const bool reset = careful && resets >> (first + j) & 1;
 #pragma unroll
         for (int i = 0; i < S::states; ++i) {
-          a[j][i] = exp2_fast(dt * A[i]);
+          a[j][i] = exp2_fast(in.x * A[i]);
           h[i] = fmaf(a[j][i], reset ? 0.0f : h[i], v * B[i]);
         }
         write_states(own_states + j * S::channels * S::dstate, h);
         if (wants_y) {
           float C[S::states];
-          coefficients.read_C(chunk, step, C);
+          coefficients.read_C(chunk, first + j, C);
 #pragma unroll
-          for (int i = 0; i < S::states; ++i) y[j] = fmaf(C[i], h[i], y[j]);
+          for (int i = 0; i < S::states; ++i) y[j] = i ? fmaf(C[i], h[i], y[j]) : C[i] * h[i];
         }
       }
       __syncthreads();
-      if (d.dC) {
-        const auto factor = [&](int step, int c) { return own.dy[step * S::pitch + c]; };
-        if (!S::staged && d.C.constant)
-          sum_over_steps<S>(p, tile, first, by, count, thread, own.states, d.dC, factor);
-        else
-          sum_over_channels<S>(p, tile, chunk, first, by, count, thread, own.states, d.dC, factor);
-      }
+      sum_into(d.C, first, count, d.dC, [&](int place, int c) { return own.dy[place * S::pitch + c]; });
       __syncthreads();
       float du[kGroup] = {}, ddelta[kGroup] = {};  // shares of this thread's states: g B, and a g h A
 #pragma unroll
       for (int j = kGroup - 1; j >= 0; --j) {
-        if (j >= count) continue;
-        const int step = first + j * by, slot = step * S::pitch + channel;
-        const float dt = own.delta[slot], dy = own.dy[slot];
-        const bool reset = careful && resets >> step & 1;
+        if (careful && j >= count) continue;
+        const float dy = own_dy[(first + j) * S::pitch];
+        const bool reset = careful && resets >> (first + j) & 1;
         float B[S::states], C[S::states], before[S::states];
-        coefficients.read_B(chunk, step, B);
-        coefficients.read_C(chunk, step, C);
+        coefficients.read_B(chunk, first + j, B);
+        coefficients.read_C(chunk, first + j, C);
         if (j > 0) {
           read_states(own_states + (j - 1) * S::channels * S::dstate, before);
         } else {
@@ -200,63 +215,65 @@ struct Walk {
         write_states(own_states + j * S::channels * S::dstate, g);
 #pragma unroll
         for (int i = 0; i < S::states; ++i) {
-          du[j] = fmaf(g[i], B[i], du[j]);
+          du[j] = i ? fmaf(g[i], B[i], du[j]) : g[i] * B[i];
           g[i] = reset ? 0.0f : g[i] * a[j][i];
           const float slope = reset ? 0.0f : g[i] * before[i];
-          ddelta[j] = fmaf(slope, A[i], ddelta[j]);
-          dA[i] = fmaf(slope, dt, dA[i]);
+          ddelta[j] = i ? fmaf(slope, A[i], ddelta[j]) : slope * A[i];
+          dA[i] = fmaf(slope, dt[j], dA[i]);
         }
       }
       // Thread j of a channel finishes step j.
       const float sum_du = sum_to_lane<S::lanes>(du, part), sum_ddelta = sum_to_lane<S::lanes>(ddelta, part);
       const float sum_y = wants_y ? sum_to_lane<S::lanes>(y, part) : 0.0f;
-      const bool finishes = part < count && part < kGroup;
-      const int slot = (first + part * by) * S::pitch + channel;
+      const bool finishes = (S::lanes == kGroup || part < kGroup) && (!careful || part < count);
+      const int slot = (first + part) * S::pitch;
       float result_du = 0.0f, result_ddelta = 0.0f, result_y = 0.0f;
       if (finishes) {
-        const float dt = own.delta[slot], u = own.u[slot], dy = own.dy[slot];
-        result_du = fmaf(dt, sum_du, D * dy);
-        result_ddelta = fmaf(u, sum_du, kLn2 * sum_ddelta);
-        if (p.softplus) result_ddelta *= softplus_slope(dt);
-        result_y = fmaf(D, u, sum_y);
-        dD = fmaf(dy, u, dD);
+        const float2 in = own_inputs[slot];
+        const float dy = own_dy[slot];
+        result_du = fmaf(in.x, sum_du, D * dy);
+        result_ddelta = fmaf(in.y, sum_du, kLn2 * sum_ddelta);
+        if (p.softplus) result_ddelta *= softplus_slope(in.x);
+        result_y = fmaf(D, in.y, sum_y);
+        dD = fmaf(dy, in.y, dD);
         dbias += result_ddelta;
       }
       __syncthreads();
-      if (d.dB) {
-        const auto factor = [&](int step, int c) { return own.delta[step * S::pitch + c] * own.u[step * S::pitch + c]; };
-        if (!S::staged && d.B.constant)
-          sum_over_steps<S>(p, tile, first, by, count, thread, own.states, d.dB, factor);
-        else
-          sum_over_channels<S>(p, tile, chunk, first, by, count, thread, own.states, d.dB, factor);
-      }
+      sum_into(d.B, first, count, d.dB, [&](int place, int c) {
+        const float2 in = own.inputs[place * S::pitch + c];
+        return in.x * in.y;
+      });
       __syncthreads();
-      if (finishes) own.delta[slot] = result_ddelta, own.u[slot] = result_du, own.dy[slot] = result_y;
+      if (finishes) own_inputs[slot] = make_float2(result_ddelta, result_du), own_dy[slot] = result_y;
     }
   }
 };
 
 template <class S, class M>
-__global__ void __launch_bounds__(2 * S::threads, (S::dstate <= 16 ? kResidentThreads : 256) / (2 * S::threads)) scan_backward(const __grid_constant__ ScanParams p) {
-    const int side = int(threadIdx.x) / S::threads, thread = int(threadIdx.x) % S::threads;
+__global__ void __launch_bounds__(2 * S::threads, kResidentThreads<S, M> / (2 * S::threads)) scan_backward(const __grid_constant__ ScanParams p) {
+  constexpr int kElements = S::elements;
+  const int side = int(threadIdx.x) / S::threads, thread = int(threadIdx.x) % S::threads;
   const int channel = thread / S::lanes, part = thread % S::lanes;
   const Tile tile = Tile::of<S>(p);
   const Direction& d = p.direction[side];
   const bool reverse = d.reverse, two = p.directions == 2;
   SharedBackward<S>* const shared = shared_memory<SharedBackward<S>>();
-  SharedBackward<S>& own = shared[side];
-  const Elements<S> elements(thread, p.time_fast);
-  const CoefficientElements<S> coefficient_elements(thread, p.state_fast);
-  const Coefficients<S> coefficients(d, tile, channel, part, own.rows);
-  float* const own_states = own.states + channel * S::dstate + part * S::states;
+  SharedBackward<S>&own = shared[side], &other = shared[two ? 1 - side : 0];
+  const int base = side * int(sizeof own);
+  const Elements<S> elements(thread, p.time_fast, reverse);
+  const CoefficientElements<S> coefficient_elements(thread, p.state_fast, reverse);
+  const Coefficients<S> coefficients(d, tile, channel, part, at_offset<float>(shared, base + int(offsetof(SharedBackward<S>, rows))), reverse);
+  float* const own_states = at_offset<float>(shared, base + int(offsetof(SharedBackward<S>, states)) + (channel * S::dstate + part * S::states) * 4);
+  float2* const own_inputs = at_offset<float2>(shared, base + channel * int(sizeof(float2)));
+  float* const own_dy = at_offset<float>(shared, base + int(offsetof(SharedBackward<S>, dy)) + channel * 4);
 
-  const bool active = channel < tile.count;
+  const bool active = M::whole || channel < tile.count;
   const int64_t row = int64_t(tile.batch) * p.dim + tile.first + channel;  // of (batch, dim)
   float A[S::states], g[S::states], dA[S::states];  // g: a_{t+1} g_{t+1}
 #pragma unroll
   for (int i = 0; i < S::states; ++i) {
     const int n = part * S::states + i;
-    const bool real = active && n < p.dstate;
+    const bool real = M::whole || (active && n < p.dstate);
     A[i] = real ? kLog2e * load_value_readonly(d.A + int64_t(tile.first + channel) * p.dstate + n) : 0.0f;
     g[i] = real && d.dlast_state ? load_value_readonly(d.dlast_state + row * p.dstate + n) : 0.0f;
     dA[i] = 0.0f;
@@ -272,51 +289,62 @@ __global__ void __launch_bounds__(2 * S::threads, (S::dstate <= 16 ? kResidentTh
   const auto chunk_at = [&](int visit) { return Chunk::at<S, M>(reverse ? visit : chunks - 1 - visit, p.seqlen); };
   const Chunk first_chunk = chunk_at(0);
   const Start<S, M> start{tile, first_chunk, reverse ? 1 : -1};
-  auto u_rows = start.of(d.u, elements), delta_rows = start.of(d.delta, elements), dout_rows = start.of(p.dout, elements);
-  auto z_rows = start.of(p.z, elements), du_rows = start.of(d.du, elements), ddelta_rows = start.of(d.ddelta, elements);
-  auto dz_rows = start.of(p.dz, elements), out_rows = start.of(p.out, elements), y_rows = start.of(p.partial, elements);
-  auto B_rows = start.of(d.B, coefficient_elements, p.dstate), C_rows = start.of(d.C, coefficient_elements, p.dstate);
+  auto u = start.of(d.u, elements), delta = start.of(d.delta, elements), dout = start.of(p.dout, elements), z = start.of(p.z, elements);
+  auto du = start.of(d.du, elements), ddelta = start.of(d.ddelta, elements), dz = start.of(p.dz, elements), out = start.of(p.out, elements);
+  auto y_share = start.of(p.partial, elements);
+  auto B = start.of(d.B, coefficient_elements, p.dstate), C = start.of(d.C, coefficient_elements, p.dstate);
 
+  // What the two directions share, a gradient of u or delta, and y: the one that comes first to a chunk leaves its part, near the middle in
+  // registers, else in global memory, and the other adds it; in the middle of an odd number they meet. As in the forward.
+  const int first_half = two ? chunks / 2 : 0, second_half = two ? chunks - first_half : chunks, kept_until = second_half + kKept<S, M>;
+  float kept_du[kKept<S, M> + 1][kElements], kept_ddelta[kKept<S, M> + 1][kElements], kept_y[kKept<S, M> + 1][kElements];
+
+#pragma unroll 1
   for (int visit = 0; visit < chunks; ++visit) {
     const Chunk chunk = chunk_at(visit);
-    const bool comes_first = two && 2 * visit < chunks - 1, meets = two && 2 * visit == chunks - 1, adds = two && 2 * visit > chunks - 1;
+    const bool comes_first = visit < first_half, adds = visit >= second_half, meets = two && !comes_first && !adds;
+    const bool leaves_kept = comes_first && visit >= first_half - kKept<S, M>, takes_kept = adds && visit < kept_until;
 
-    float slope[S::elements];  // of out in y, over z: dz = slope y
+    float slope[kElements];  // of out in y, over z: dz = slope y
     {
-      float u[S::elements], delta[S::elements], dout[S::elements], z[S::elements];
-      u_rows.load(chunk, u);
-      delta_rows.load(chunk, delta);
-      dout_rows.load(chunk, dout);
-      if (p.z) z_rows.load(chunk, z);
+      float in[kElements], dt[kElements];
+      u.load(chunk, in);
+      delta.load(chunk, dt);
 #pragma unroll
-      for (int i = 0; i < S::elements; ++i) delta[i] += own.delta_bias[elements.k_of(i)];
+      for (int i = 0; i < kElements; ++i) dt[i] += own.delta_bias[elements.k_of(i)];
       if (p.softplus) {
 #pragma unroll
-        for (int i = 0; i < S::elements; ++i) delta[i] = softplus(delta[i]);
+        for (int i = 0; i < kElements; ++i) dt[i] = softplus(dt[i]);
       }
 #pragma unroll
-      for (int i = 0; i < S::elements; ++i) {
-        const int slot = elements.slot(i);
-        own.delta[slot] = delta[i], own.u[slot] = u[i];
-        dout[i] *= p.scale;
-        if (p.z) {
-          const float s = sigmoid(z[i]);
-          slope[i] = dout[i] * (s * fmaf(z[i], 1.0f - s, 1.0f));
-          dout[i] *= z[i] * s;
+      for (int i = 0; i < kElements; ++i) own.inputs[elements.slot(i)] = make_float2(dt[i], in[i]);
+      float dy[kElements];
+      dout.load(chunk, dy);
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) dy[i] *= p.scale;
+      if (z) {
+        float gate[kElements];
+        z.load(chunk, gate);
+#pragma unroll
+        for (int i = 0; i < kElements; ++i) {
+          const float s = sigmoid(gate[i]);
+          slope[i] = dy[i] * (s * fmaf(gate[i], 1.0f - s, 1.0f));
+          dy[i] *= gate[i] * s;
         }
-        own.dy[slot] = dout[i];
       }
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) own.dy[elements.slot(i)] = dy[i];
     }
     if constexpr (S::staged) {
-      float B[CoefficientElements<S>::count], C[CoefficientElements<S>::count];
-      B_rows.load(chunk, B);
-      C_rows.load(chunk, C);
-      coefficient_elements.put(own.rows, B);
-      coefficient_elements.put(own.rows + S::dstate, C);
+      float v[CoefficientElements<S>::count];
+      B.load(chunk, v);
+      coefficient_elements.put(own.rows, v);
+      C.load(chunk, v);
+      coefficient_elements.put(own.rows + S::dstate, v);
     }
-    if (thread < 32) {
+    if (!M::whole && thread < 32) {
       const unsigned resets = p.seq_idx ? resets_of(p, tile, chunk, reverse, thread) : 0u;
-      if (thread == 0) own.resets = resets, own.careful = resets || chunk.count < S::steps;
+      if (thread == 0) own.resets = reverse ? __brev(resets) : resets, own.careful = resets || chunk.count < S::steps;
     }
     float h[S::states];
     if (active) {
@@ -329,60 +357,93 @@ __global__ void __launch_bounds__(2 * S::threads, (S::dstate <= 16 ? kResidentTh
     __syncthreads();
 
     // Both directions take the same way, since they meet at barriers.
-    const Walk<S> walk{p, d, tile, chunk, coefficients, own, own_states, own.resets, thread, channel, part, wants_y, D};
-    if (own.careful | shared[two ? 1 - side : 0].careful)
+    const unsigned resets = M::whole ? 0u : own.resets;
+    const Walk<S, M> walk{p, d, tile, chunk, coefficients, own, own_states, own_inputs, own_dy, resets, thread, channel, part, wants_y, D};
+    if (!M::whole && (own.careful | other.careful))
       walk.template run<true>(A, h, g, dA, dD, dbias);
     else
       walk.template run<false>(A, h, g, dA, dD, dbias);
     __syncthreads();
 
-    // A shared u or delta has one gradient: whoever comes first leaves its share there, the other adds.
-    const auto put = [&](const Stream<Elements<S>, M>& target, bool shares, const float* mine, const float* others) {
-      if (!target || (shares && meets && side == 1)) return;
-      float v[S::elements], left[S::elements];
-      if (shares && adds) target.load(chunk, left);
+    if constexpr (kKept<S, M> > 0) {
+      if (takes_kept) {
+        at_constant<kKept<S, M>>(visit - second_half, [&](auto at) {
 #pragma unroll
-      for (int i = 0; i < S::elements; ++i) {
-        const int slot = elements.slot(i);
-        v[i] = mine[slot];
-        if (shares && meets) v[i] += others[slot];
-        if (shares && adds) v[i] += left[i];
+          for (int i = 0; i < kElements; ++i) {
+            const int slot = elements.other_slot(i);
+            float2 sum = other.inputs[slot];
+            if (p.shares_delta) sum.x += kept_ddelta[at.value][i];
+            if (p.shares_u) sum.y += kept_du[at.value][i];
+            other.inputs[slot] = sum;
+            if (wants_y) other.dy[slot] += kept_y[at.value][i];
+          }
+        });
+        __syncthreads();
+      }
+    }
+    float total_du[kElements], total_ddelta[kElements], y[kElements];
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      const float2 sums = own.inputs[elements.slot(i)];
+      total_ddelta[i] = sums.x, total_du[i] = sums.y, y[i] = own.dy[elements.slot(i)];
+    }
+    if (meets) {
+#pragma unroll
+      for (int i = 0; i < kElements; ++i) {
+        const int slot = elements.other_slot(i);
+        if (p.shares_delta) total_ddelta[i] += other.inputs[slot].x;
+        if (p.shares_u) total_du[i] += other.inputs[slot].y;
+        y[i] += other.dy[slot];
+      }
+    }
+    const bool lends = leaves_kept || (meets && side == 1), gathers = adds && !takes_kept;
+    const auto put = [&](const Stream<Elements<S>, M>& target, bool shares, float (&v)[kElements]) {
+      if (!target || (shares && lends)) return;
+      if (shares && gathers) {
+        float left[kElements];
+        target.load(chunk, left);
+#pragma unroll
+        for (int i = 0; i < kElements; ++i) v[i] += left[i];
       }
       target.store(chunk, v);
     };
-    const SharedBackward<S>& other = shared[two ? 1 - side : 0];
-    put(du_rows, p.shares_u, own.u, other.u);
-    put(ddelta_rows, p.shares_delta, own.delta, other.delta);
-    if (wants_y && !(meets && side == 1)) {
-      float y[S::elements], left[S::elements];
-      if (adds) y_rows.load(chunk, left);
+    put(du, p.shares_u, total_du);
+    put(ddelta, p.shares_delta, total_ddelta);
+    if constexpr (kKept<S, M> > 0) {
+      if (leaves_kept)
+        at_constant<kKept<S, M>>(first_half - 1 - visit, [&](auto at) {
 #pragma unroll
-      for (int i = 0; i < S::elements; ++i) {
-        const int slot = elements.slot(i);
-        y[i] = own.dy[slot];
-        if (meets) y[i] += other.dy[slot];
-        if (adds) y[i] += left[i];
+          for (int i = 0; i < kElements; ++i)
+            kept_du[at.value][i] = total_du[i], kept_ddelta[at.value][i] = total_ddelta[i], kept_y[at.value][i] = y[i];
+        });
+    }
+    if (wants_y && !lends) {
+      if (gathers) {
+        float left[kElements];
+        y_share.load(chunk, left);
+#pragma unroll
+        for (int i = 0; i < kElements; ++i) y[i] += left[i];
       }
       if (comes_first) {
-        y_rows.store(chunk, y);
+        y_share.store(chunk, y);
       } else {
-        if (p.dz) {
+        if (dz) {
 #pragma unroll
-          for (int i = 0; i < S::elements; ++i) slope[i] *= y[i];
-          dz_rows.store(chunk, slope);
+          for (int i = 0; i < kElements; ++i) slope[i] *= y[i];
+          dz.store(chunk, slope);
         }
-        if (p.out) {  // z once more: registers
-          float z[S::elements];
-          if (p.z) z_rows.load(chunk, z);
+        if (out) {  // z once more: registers
+          float gate[kElements];
+          if (z) z.load(chunk, gate);
 #pragma unroll
-          for (int i = 0; i < S::elements; ++i) y[i] *= p.z ? p.scale * (z[i] * sigmoid(z[i])) : p.scale;
-          out_rows.store(chunk, y);
+          for (int i = 0; i < kElements; ++i) y[i] *= z ? p.scale * (gate[i] * sigmoid(gate[i])) : p.scale;
+          out.store(chunk, y);
         }
       }
     }
-    u_rows.advance(), delta_rows.advance(), dout_rows.advance(), z_rows.advance(), du_rows.advance(), ddelta_rows.advance();
-    dz_rows.advance(), out_rows.advance(), y_rows.advance(), B_rows.advance(), C_rows.advance();
     __syncthreads();
+    u.advance(), delta.advance(), dout.advance(), z.advance(), du.advance(), ddelta.advance(), dz.advance(), out.advance(), y_share.advance();
+    B.advance(), C.advance();
   }
 
 #pragma unroll

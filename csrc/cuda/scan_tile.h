@@ -159,19 +159,34 @@ __device__ inline float sum_of_lanes(float v) {
     return v;
 }
 
-// Sums each of the values over `lanes` neighbouring threads; thread `part` (of those below `count`) is left with the sum of value `part`.
-template <int lanes, int count>
-__device__ inline float sum_to_lane(float (&v)[count], int part) {
-  static_assert(lanes >= 4);
+// Sums each of four values over `lanes` threads that are `apart` from each other; of these thread number `part`, below 4, is left with the sum of
+// value `part`.
+template <int lanes, int apart = 1, int count>
+__device__ inline float sum_to_lane(const float (&v)[count], int part) {
+  static_assert(lanes >= 4 && count <= 4);
   if constexpr (count == 1) {
-    return sum_of_lanes<lanes, 4>(v[0]);  // it started from four values
+    return sum_of_lanes<lanes * apart, 4 * apart>(v[0]);
   } else {
     constexpr int half = count / 2;
     const bool upper = part & half;
     float kept[half];
 #pragma unroll
-    for (int i = 0; i < half; ++i) kept[i] = (upper ? v[i + half] : v[i]) + exchange<half>(upper ? v[i] : v[i + half]);
-    return sum_to_lane<lanes, half>(kept, part);
+    for (int i = 0; i < half; ++i) kept[i] = (upper ? v[i + half] : v[i]) + exchange<half * apart>(upper ? v[i] : v[i + half]);
+    return sum_to_lane<lanes, apart>(kept, part);
+  }
+}
+
+// f(the value of i, below `end`, as a constant): registers cannot be indexed.
+template <int end, int begin = 0, class F>
+__device__ inline void at_constant(int i, F&& f) {
+  if constexpr (end - begin == 1) {
+    f(std::integral_constant<int, begin>());
+  } else {
+    constexpr int kMiddle = (begin + end) / 2;
+    if (i < kMiddle)
+      at_constant<kMiddle, begin>(i, f);
+    else
+      at_constant<end, kMiddle>(i, f);
   }
 }
 
@@ -229,20 +244,24 @@ template <class S>
 struct Elements : Part<S::elements> {
   using Base = Part<S::elements>;
 
-  int first_slot, next_slot, by_packet;  // in a plane (step, channel) of S::pitch
+  int first_slot, next_slot, by_packet;  // in a plane (place, channel) of S::pitch
 
-  __device__ Elements(unsigned thread, bool time_fast) {
+  // The place of a step in the plane is the step, or counted from the last one if `mirrored`.
+  __device__ Elements(unsigned thread, bool time_fast, bool mirrored = false) {
     constexpr unsigned kAcross = S::channels / Base::width, kAlong = S::steps / Base::width;
     this->along_steps = time_fast;
     this->step = int(time_fast ? thread % kAlong * Base::width : thread / kAcross);
     this->k = int(time_fast ? thread / kAlong : thread % kAcross * Base::width);
     this->step_by = time_fast ? 0 : S::threads / kAcross;
     this->k_by = time_fast ? S::threads / kAlong : 0;
-    first_slot = settled(this->step * S::pitch + this->k);
-    next_slot = settled(time_fast ? S::pitch : 1);
-    by_packet = this->step_by * S::pitch + this->k_by;
+    const int by_step = mirrored ? -S::pitch : S::pitch;
+    first_slot = settled((mirrored ? S::steps - 1 - this->step : this->step) * S::pitch + this->k);
+    next_slot = settled(time_fast ? by_step : 1);
+    by_packet = this->step_by * by_step + this->k_by;
   }
   __device__ int slot(int i) const { return first_slot + i / Base::width * by_packet + i % Base::width * next_slot; }
+  // In a plane that is mirrored where this one is not.
+  __device__ int other_slot(int i) const { return (S::steps - 1) * S::pitch - slot(i) + 2 * this->k_of(i); }
 };
 
 // Of a staged B or C: (step, state). A packet lies along the states, whichever axis the threads follow.
@@ -251,7 +270,9 @@ struct CoefficientElements : Part<S::staged ? S::steps * S::dstate / S::threads 
   using Base = Part<S::staged ? S::steps * S::dstate / S::threads : 1>;
   static_assert(!S::staged || S::dstate % Base::width == 0);
 
-  __device__ CoefficientElements(unsigned thread, bool state_fast) {
+  bool mirrored;  // see Elements
+
+  __device__ CoefficientElements(unsigned thread, bool state_fast, bool mirrored_ = false) : mirrored(mirrored_) {
     constexpr unsigned kAcross = S::dstate / Base::width;
     this->along_steps = false;
     this->step = int(state_fast ? thread / kAcross : thread % S::steps);
@@ -262,8 +283,8 @@ struct CoefficientElements : Part<S::staged ? S::steps * S::dstate / S::threads 
   }
   // Into rows of S::row floats.
   __device__ void put(float* rows, const float (&v)[Base::count]) const {
-    float* to = rows + this->step * S::row + this->k;
-    const int by = this->step_by * S::row + this->k_by;
+    float* to = rows + (mirrored ? S::steps - 1 - this->step : this->step) * S::row + this->k;
+    const int by = (mirrored ? -this->step_by : this->step_by) * S::row + this->k_by;
 #pragma unroll
     for (int i = 0; i < Base::packets; ++i, to += by) {
       if constexpr (Base::width == 4)
@@ -423,9 +444,10 @@ template <class S>
 struct Coefficients {
   const float *B, *C;
   int B_step, C_step;
+  bool mirrored;  // see Elements
 
   // `rows`: where the staged rows of this direction are.
-  __device__ Coefficients(const Direction& d, const Tile& tile, int channel, int part, const float* rows) {
+  __device__ Coefficients(const Direction& d, const Tile& tile, int channel, int part, const float* rows, bool mirrored_ = false) : mirrored(mirrored_) {
     if constexpr (S::staged) {
       B = rows + part * S::states, C = B + S::dstate, B_step = C_step = S::row;
     } else {
@@ -433,20 +455,19 @@ struct Coefficients {
       C = base(d.C, tile, channel) + part * S::states, C_step = d.C.step;
     }
   }
-  // `step` counts from the first step of `chunk`.
-  __device__ void read_B(const Chunk& chunk, int step, float (&v)[S::states]) const { read(B, B_step, chunk, step, v); }
-  __device__ void read_C(const Chunk& chunk, int step, float (&v)[S::states]) const { read(C, C_step, chunk, step, v); }
+  __device__ void read_B(const Chunk& chunk, int place, float (&v)[S::states]) const { read(B, B_step, chunk, place, v); }
+  __device__ void read_C(const Chunk& chunk, int place, float (&v)[S::states]) const { read(C, C_step, chunk, place, v); }
 
  private:
   static __device__ const float* base(const Coefficient& c, const Tile& tile, int channel) {
     const int of = c.constant ? tile.first + min(channel, tile.count - 1) : tile.group;
     return reinterpret_cast<const float*>(c.data) + tile.batch * c.batch + of * c.group;
   }
-  static __device__ void read(const float* p, int by, const Chunk& chunk, int step, float (&v)[S::states]) {
+  __device__ void read(const float* p, int by, const Chunk& chunk, int place, float (&v)[S::states]) const {
     if constexpr (S::staged)
-      read_states(p + step * S::row, v);
+      read_states(p + place * S::row, v);
     else
-      load_many_readonly(p + int64_t(chunk.first + step) * by, v);
+      load_many_readonly(p + int64_t(chunk.first + (mirrored ? S::steps - 1 - place : place)) * by, v);
   }
 };
 

@@ -77,20 +77,6 @@ __device__ inline void scan_chunk(const Coefficients<S>& coefficients, const Chu
   }
 }
 
-// f(the value of i, below `end`, as a constant): registers cannot be indexed.
-template <int end, int begin = 0, class F>
-__device__ inline void at_constant(int i, F&& f) {
-  if constexpr (end - begin == 1) {
-    f(std::integral_constant<int, begin>());
-  } else {
-    constexpr int kMiddle = (begin + end) / 2;
-    if (i < kMiddle)
-      at_constant<kMiddle, begin>(i, f);
-    else
-      at_constant<end, kMiddle>(i, f);
-  }
-}
-
 template <class S, class M>
 __global__ void __launch_bounds__(2 * S::threads, kResidentForward<S, M> / (2 * S::threads)) scan_forward(const __grid_constant__ ScanParams p) {
   using Part = Elements<S>;

@@ -107,6 +107,11 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
     if (mask >> i & 1) votes |= unsigned(words[i]) << i;
   return votes;
 }
+inline unsigned __brev(unsigned v) {
+  unsigned reversed = 0;
+  for (int i = 0; i < 32; ++i) reversed |= (v >> i & 1u) << (31 - i);
+  return reversed;
+}
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
 
