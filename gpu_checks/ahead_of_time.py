@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ast
+import functools
+import hashlib
+import inspect
 import re
 import subprocess
 import tempfile
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -60,6 +66,33 @@ def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], set[str
             if value % 16 == 0 and not parameter.do_not_specialize:
                 divisible.add(name)
     return signature, constants, divisible
+
+
+@functools.cache
+def source_of(kernel: Any) -> str:
+    """The syntax tree of a kernel and of all that it calls, without comments, docstrings and places; and the constants that they name."""
+    parts: dict[str, str] = {}
+    waiting = [kernel]
+    while waiting:
+        made = waiting.pop()
+        tree = ast.parse(textwrap.dedent(inspect.getsource(made.fn)))
+        if ast.get_docstring(tree.body[0]) is not None:  # type: ignore[arg-type]
+            del tree.body[0].body[0]  # type: ignore[attr-defined]
+        parts[made.__name__] = ast.dump(tree)
+        for name in sorted({node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}):
+            found = made.fn.__globals__.get(name)
+            if isinstance(found, tl.constexpr):
+                parts[name] = repr(found.value)
+            elif isinstance(found, triton.JITFunction) and found.__name__ not in parts:
+                waiting.append(found)
+    return repr(sorted(parts.items()))
+
+
+def fingerprint(launch: Launch, arch: int) -> str:
+    """Changes with whatever decides the compiled code, but for Triton's version: source, types, constants, divisibility, options."""
+    signature, constants, divisible = specialised(launch)
+    told = source_of(launch.kernel), signature, constants, sorted(divisible), launch.options("cuda"), arch
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:12]
 
 
 def compiled(launch: Launch, arch: int) -> Any:

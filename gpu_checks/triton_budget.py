@@ -1,8 +1,8 @@
 """`python -m gpu_checks.triton_budget`: what every Triton kernel takes of a multiprocessor, against gpu_checks/budgets/triton.csv.
 
 Every op's `aot_cases()` reach every configuration that its choosing function can return. Their launches are recorded for a T4, compiled
-ahead of time for each architecture, and read: registers, spilled bytes, shared memory. No kernel may spill for
-sm_75 or sm_80, nor more than in the budget for sm_90; what is left of a T4 must hold half of its threads, in a backward kernel a quarter.
+ahead of time for each architecture, and read: registers, spilled bytes, shared memory. No kernel may spill; what is left of a T4 must
+hold half of its threads, in a backward kernel a quarter. A row's fingerprint says of which source, types and options it was read.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 import triton
 
-from gpu_checks.ahead_of_time import compiled, recorded, resources, specialised, t4_occupancy
+from gpu_checks.ahead_of_time import compiled, fingerprint, recorded, resources, t4_occupancy
 from pixelbytes_kernels._triton import T4, Launch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,46 +31,55 @@ BUDGET = ROOT / "gpu_checks" / "budgets" / "triton.csv"
 DOCS = ROOT / "docs" / "gpu.md"
 OPS = ("selective_scan", "causal_conv1d", "causal_conv1d_update", "selective_state_update", "pxby_embed")
 ARCHITECTURES = (75, 80, 90)
-COLUMNS = ("arch", "op", "kernel", "case", "registers", "spills", "shared", "threads", "t4_occupancy")
+KEY = ("arch", "op", "kernel", "case")
+COLUMNS = (*KEY, "registers", "spills", "shared", "threads", "t4_occupancy", "triton", "fingerprint")
 SLACK = 8  # registers that another patch release of the compiler may take more
 
 
 @functools.cache
-def launches(op: str) -> dict[str, Launch]:
-    """Every different kernel of an op, by case: the same code for two cases counts once. Nothing is computed: tensors are on "meta"."""
+def launches(op: str, arch: int = 75) -> dict[str, Launch]:
+    """Every different kernel of an op, by case: the same code for two cases counts once. Nothing is computed: tensors are on "meta".
+
+    The sizes are those for a GPU of this architecture with as many multiprocessors as a T4.
+    """
     found: dict[str, Launch] = {}
     seen = set()
     module = importlib.import_module(f"pixelbytes_kernels.ops.{op}.triton")
     without = mock.patch.object(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it does not know "meta"
     with torch.device("meta"), without:
-        recordings = [(case, recorded(case.run, T4)) for case in module.aot_cases()]
+        recordings = [(case, recorded(case.run, T4._replace(arch=arch))) for case in module.aot_cases()]
     for case, made in recordings:
         for launch in made:
-            signature, constants, divisible = specialised(launch)
-            key = (
-                launch.kernel.__name__,
-                repr(signature),
-                repr(constants),
-                repr(sorted(divisible)),
-                launch.options("cuda").values(),
-            )
-            if repr(key) not in seen:
-                seen.add(repr(key))
+            key = fingerprint(launch, arch)
+            if key not in seen:
+                seen.add(key)
                 name = f"{launch.kernel.__name__}: {case.name}"
                 found[name if name not in found else f"{name} ({len(found)})"] = launch
     return found
 
 
 def row(arch: int, op: str, name: str) -> dict[str, Any]:
-    launch = launches(op)[name]
+    launch = launches(op, arch)[name]
     kernel, case = name.split(": ", 1)
     r = resources(compiled(launch, arch))
-    return dict(zip(COLUMNS, (arch, op, kernel, case, *r, f"{t4_occupancy(r):.0%}" if arch == 75 else ""), strict=True))
+    occupancy = f"{t4_occupancy(r):.0%}" if arch == 75 else ""
+    made = (arch, op, kernel, case, *r, occupancy, triton.__version__, fingerprint(launch, arch))
+    return dict(zip(COLUMNS, made, strict=True))
+
+
+def fingerprints(ops: tuple[str, ...] = OPS) -> dict[tuple[str, str, str, str], str]:
+    """Of every kernel that there is, by (arch, op, kernel, case). Compiles nothing."""
+    return {
+        (str(arch), op, *name.split(": ", 1)): fingerprint(launch, arch)
+        for op in ops
+        for arch in ARCHITECTURES
+        for name, launch in launches(op, arch).items()
+    }
 
 
 def rows(architectures: tuple[int, ...], ops: tuple[str, ...], jobs: int) -> list[dict[str, Any]]:
     """One row a kernel and architecture, compiled by `jobs` processes."""
-    work = [(arch, op, name) for op in ops for name in launches(op) for arch in architectures]
+    work = [(arch, op, name) for op in ops for arch in architectures for name in launches(op, arch)]
     done = []
     with concurrent.futures.ProcessPoolExecutor(jobs) as pool:
         for i, found in enumerate(pool.map(row, *zip(*work, strict=True), chunksize=1)):
@@ -82,13 +91,12 @@ def rows(architectures: tuple[int, ...], ops: tuple[str, ...], jobs: int) -> lis
 
 def faults(found: list[dict[str, Any]], budget: list[dict[str, str]]) -> list[str]:
     """Sentences about kernels that break the rules or their budget."""
-    allowed = {tuple(str(b[c]) for c in COLUMNS[:4]): b for b in budget}
+    allowed = {tuple(str(b[c]) for c in KEY): b for b in budget}
     sentences = []
     for f in found:
         name = f"{f['op']} {f['kernel']} ({f['case']}), sm_{f['arch']}"
-        limit = allowed.get(tuple(str(f[c]) for c in COLUMNS[:4]))
-        # Sizes are chosen for sm_75; some backward kernels then spill up to 24 bytes for sm_90, which the budget holds them to.
-        if f["spills"] > (int(limit["spills"]) if limit and f["arch"] == 90 else 0):
+        limit = allowed.get(tuple(str(f[c]) for c in KEY))
+        if f["spills"]:
             sentences.append(f"{name} spills {f['spills']} bytes")
         if f["arch"] == 75:
             least = 25 if "backward" in f["kernel"] else 50
@@ -102,6 +110,18 @@ def faults(found: list[dict[str, Any]], budget: list[dict[str, str]]) -> list[st
                 f" {limit['registers']} + {SLACK} and {limit['shared']}"
             )
     return sentences
+
+
+def stale(budget: list[dict[str, str]]) -> list[str]:
+    """Sentences about rows of the budget that are not, or no longer, about a kernel that there is."""
+    listed = {tuple(b[c] for c in KEY): b["fingerprint"] for b in budget}
+    there = fingerprints()
+    found = []
+    for key in sorted(listed.keys() | there.keys()):
+        if listed.get(key) != there.get(key):
+            what = "is not in" if key not in listed else "is only in" if key not in there else "has changed since"
+            found.append(f"{' '.join(key)} {what} the budget; run python -m gpu_checks.triton_budget --write")
+    return found
 
 
 def table(found: list[dict[str, Any]]) -> str:

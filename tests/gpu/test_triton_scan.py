@@ -184,10 +184,11 @@ def test_compiles_whole():
 
 
 def test_offsets_are_wide_where_a_row_is_long():
-    small = {"dim": 8, "seqlen": 8, "DSTATE": 8, "u": torch.empty(2, 8, 8, device="meta")}
+    small = {"batch": 2, "dim": 8, "seqlen": 8, "DSTATE": 8, "u": torch.empty(2, 8, 8, device="meta")}
     assert not backend.is_wide(small)
     assert backend.is_wide({**small, "u": torch.empty(1, 2**16, 2**15, device="meta")})
     assert backend.is_wide({**small, "seqlen": 2**23, "DSTATE": 256})
+    assert backend.is_wide({**small, "batch": 2**15, "dim": 2**12, "DSTATE": 16})
 
 
 @pytest.mark.parametrize("device", [T4, A100, H100], ids=str)

@@ -32,28 +32,29 @@ def plan(
     device: Device,
     *,
     backward: bool = False,
-    directions: int = 2,
     resets: bool = False,
     more: bool = False,
+    itemsize: int = 4,
 ) -> Plan:
     """Sizes for `programs` groups of `channels` channels each, counted over batch rows and directions.
 
     `numbers` of the state are what the registers hold, and `registers` is a limit, so that nothing spills and a T4 can have half of
-    its threads resident, in the backward a quarter; found by `python -m gpu_checks.triton_budget`.
+    its threads resident, in the backward a quarter; found by `python -m gpu_checks.triton_budget`. `itemsize`: bytes of an element of u.
     Fewer channels where a GPU would be left with too few warps to hide latency.
     """
     states = next_power_of_2(dstate)
     padded = dstate < states
-    registers: int | None
     if not backward:
         roomy = dstate == 16 and not resets and not more
         numbers, registers = (512 if roomy else 128 if padded else 256), 128
+        if roomy and itemsize == 2 and device.arch >= 90:
+            registers = 136
     elif resets:
-        numbers, registers = (64, 224) if states <= 8 else (128, None)
+        numbers, registers = (64, 224) if states <= 8 else (128, 255)
     elif padded or states == 128:
         numbers, registers = 128, 224
     else:
-        numbers, registers = 256, (224 if states == 16 and directions == 2 else None)
+        numbers, registers = 256, 255  # said, though it is all there are: else the compiler may spill for more programs
     tile = min(
         max(1, numbers // states), 32 if numbers == 512 else 16 if numbers > 64 else 8, next_power_of_2(channels)
     )
@@ -165,14 +166,15 @@ def arguments_of(scan: Scan) -> dict[str, Any]:
 
 
 def is_wide(arguments: dict[str, Any]) -> bool:
-    """Whether an offset within a batch row may need more than 31 bits."""
+    """Whether an offset within a batch row, or one in a tensor (batch, dim, dstate), may need more than 31 bits."""
     tensors = [
         t[0] if t.ndim == 4 and name.endswith("partial") else t
         for name, t in arguments.items()
         if isinstance(t, Tensor) and t.ndim >= 2
     ]
     spans = [sum((n - 1) * abs(s) for n, s in zip(t.shape[1:], t.stride()[1:], strict=True)) for t in tensors]
-    sizes = arguments["dim"] * max(arguments["seqlen"], arguments["DSTATE"]), arguments["seqlen"] * arguments["DSTATE"]
+    batch, dim, seqlen, dstate = (arguments[name] for name in ("batch", "dim", "seqlen", "DSTATE"))
+    sizes = dim * max(seqlen, batch * dstate), seqlen * dstate
     return max(*spans, *sizes) >= 2**31 - 2**16  # the loads ahead may point a little beyond, under a mask
 
 
@@ -183,7 +185,7 @@ def run(kernel: Any, grid: tuple[int, ...], u: Tensor, chosen: Plan, **arguments
     launch("selective_scan", kernel, grid, u, **limits, **in_order)
 
 
-SMALL = {"dim": 1, "seqlen": 1, "DSTATE": 1}
+SMALL = {"batch": 1, "dim": 1, "seqlen": 1, "DSTATE": 1}
 MERGE = (32, 32)  # channels and steps of a program
 
 
@@ -226,7 +228,8 @@ def forward(
         last = last.zero_() if first.initial_state is None else last.copy_(first.initial_state)
         return out.zero_(), last, states
     scan = prepared(directions)
-    two, kind = len(directions) == 2, {"resets": seq_idx is not None, "more": holds_more(first)}
+    two = len(directions) == 2
+    kind: dict[str, Any] = {"resets": seq_idx is not None, "more": holds_more(first), "itemsize": u.element_size()}
     chosen = plan(batch * scan.groups * len(directions), dim // scan.groups, dstate, device_of(u), **kind)
     partial, plane = planes(u, out.stride()) if two else (None, 0)
     common = {
@@ -279,8 +282,7 @@ def backward(
     scan = prepared(directions, dout)
     count = batch * scan.groups * len(directions)
     two = len(directions) == 2
-    kind: dict[str, Any] = {"directions": len(directions), "resets": seq_idx is not None}
-    chosen = plan(count, dim // scan.groups, dstate, device_of(u), backward=True, **kind)
+    chosen = plan(count, dim // scan.groups, dstate, device_of(u), backward=True, resets=seq_idx is not None)
 
     def float32(*shape: int) -> Tensor:
         return u.new_empty(shape, dtype=torch.float32)

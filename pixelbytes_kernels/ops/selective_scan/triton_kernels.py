@@ -10,7 +10,7 @@ Time goes by in blocks of 4 steps, cut at multiples of 4. What has no state is l
 time; the recurrence takes their columns in the order of the scan. A step past the end changes nothing.
 NP is dstate rounded up to a power of two. All that has states is stored with the state innermost, so that Triton gives a thread 4 states
 of a few channels; a second layout of the states would mean conversions in every step. Offsets between batch rows are
-64-bit; those within a row too where WIDE says that 32 bits might not do.
+64-bit; those within a row too, and in what has no time, where WIDE says that 32 bits might not do.
 """
 
 # mypy: ignore-errors
@@ -172,6 +172,48 @@ def place(dim, channels, tiles, BD: tl.constexpr):
     return b, group.to(tl.int64), channel, within < channels, (tile % tiles) * groups + group
 
 
+@triton.jit
+def rows_of(
+    d, b, group, dn, states_mask, first, first_sb, first_sg, first_st, second, second_sb, second_sg, second_st,
+    CONSTANT: tl.constexpr,
+):  # fmt: skip
+    """B or C of direction d: where the program's rows start, from one time to the next, and what is constant in time."""
+    pointer = pick(d, first, second)
+    if CONSTANT:
+        return pointer, 0, tl.load(pointer + dn, mask=states_mask, other=0.0).to(tl.float32)
+    else:
+        pointer += b * pick(d, first_sb, second_sb) + group * pick(d, first_sg, second_sg)
+        return pointer, pick(d, first_st, second_st), 0.0
+
+
+@triton.jit
+def block_of(block, mask, seqlen):
+    """Of a block of 4 steps: its start, its times, which of them exist, and the same for every channel (BD, 4)."""
+    start = tl.minimum(block * 4, seqlen)
+    at = start + tl.arange(0, 4)
+    valid = (at < seqlen)[None, :]
+    return start, at, valid, mask[:, None] & valid
+
+
+@triton.jit
+def staged(u, delta, bias, channel, at, valid, here, sd, st, SOFTPLUS: tl.constexpr, WIDE: tl.constexpr):
+    """Tiles (BD, 4) of what a block's recurrence takes in: u, delta + bias, and that through the softplus."""
+    x = load_tile(u, channel, at, sd, st, here, WIDE)
+    raw = load_tile(delta, channel, at, sd, st, here, WIDE) + bias
+    return x, raw, step_size(raw, valid, SOFTPLUS)
+
+
+@triton.jit
+def advanced(
+    h, t, dt, xdt, decay_rate, n, seqlen, sign, B, B_st, B_constant, seq_idx, seq_st,
+    B_CONSTANT: tl.constexpr, DSTATE: tl.constexpr, NP: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The step at t: the state that it starts from, whether that comes from the step before, and the state after it."""
+    B_now = coefficient(B + wide(t, WIDE) * B_st, B_constant, n, t < seqlen, B_CONSTANT, DSTATE, NP)
+    entered, same = entering(h, seq_idx, t, seqlen, seq_st, sign, WIDE)
+    return entered, same, decay_of(dt, decay_rate, DSTATE, NP) * entered + input_of(xdt, B_now, DSTATE, NP)
+
+
 @triton.jit(do_not_specialize=["batch", "dim", "channels", "tiles", "reverse"])
 def scan_forward(
     u0, delta0, A0, B0, C0, D0, bias0, initial, last, states,
@@ -205,20 +247,12 @@ def scan_forward(
     decay_rate = tl.load(pick(d, A0, A1) + dn, mask=states_mask, other=0.0).to(tl.float32) * LOG2E
     skip = per_channel(D0 if D0 is None else pick(d, D0, D1), channel, mask)[:, None]
     bias = per_channel(bias0 if bias0 is None else pick(d, bias0, bias1), channel, mask)[:, None]
-    B = pick(d, B0, B1)
-    C = pick(d, C0, C1)
-    B_st = pick(d, B0_st, B1_st)
-    C_st = pick(d, C0_st, C1_st)
-    B_constant = 0.0
-    C_constant = 0.0
-    if B_CONSTANT:
-        B_constant = tl.load(B + dn, mask=states_mask, other=0.0).to(tl.float32)
-    else:
-        B += b * pick(d, B0_sb, B1_sb) + group * pick(d, B0_sg, B1_sg)
-    if C_CONSTANT:
-        C_constant = tl.load(C + dn, mask=states_mask, other=0.0).to(tl.float32)
-    else:
-        C += b * pick(d, C0_sb, C1_sb) + group * pick(d, C0_sg, C1_sg)
+    B, B_st, B_constant = rows_of(
+        d, b, group, dn, states_mask, B0, B0_sb, B0_sg, B0_st, B1, B1_sb, B1_sg, B1_st, B_CONSTANT
+    )
+    C, C_st, C_constant = rows_of(
+        d, b, group, dn, states_mask, C0, C0_sb, C0_sg, C0_st, C1, C1_sb, C1_sg, C1_st, C_CONSTANT
+    )
     u = pick(d, u0, u1) + b * in_sb
     delta = pick(d, delta0, delta1) + b * in_sb
     if initial is not None:
@@ -238,10 +272,7 @@ def scan_forward(
             if (block % (CHUNK // 4) == down * (CHUNK // 4 - 1)) | (i == 0):
                 k = d * chunks + block // (CHUNK // 4)
                 tl.store(states + k.to(tl.int64) * batch * dim * DSTATE + row + dn, h, mask=states_mask)
-        start = tl.minimum(block * 4, seqlen)
-        at = start + tl.arange(0, 4)
-        valid = (at < seqlen)[None, :]
-        here = mask[:, None] & valid
+        start, at, valid, here = block_of(block, mask, seqlen)
         x = u_next
         dt = step_size(delta_next + bias, valid, SOFTPLUS)
         ahead = at + 4 * sign
@@ -253,10 +284,11 @@ def scan_forward(
         ys = ()
         for s in tl.static_range(4):
             t = start + s + down * (3 - 2 * s)
-            B_now = coefficient(B + wide(t, WIDE) * B_st, B_constant, n, t < seqlen, B_CONSTANT, DSTATE, NP)
             C_now = coefficient(C + wide(t, WIDE) * C_st, C_constant, n, t < seqlen, C_CONSTANT, DSTATE, NP)
-            h, same = entering(h, sequence, t, seqlen, seq_st, sign, WIDE)
-            h = decay_of(dts[s], decay_rate, DSTATE, NP) * h + input_of(xdts[s], B_now, DSTATE, NP)
+            _, _, h = advanced(
+                h, t, dts[s], xdts[s], decay_rate, n, seqlen, sign, B, B_st, B_constant, sequence, seq_st,
+                B_CONSTANT, DSTATE, NP, WIDE,
+            )  # fmt: skip
             ys = ys + (tl.sum(h * C_now, axis=0),)
         y = tile_of(ys[0], ys[1], ys[2], ys[3], down, BD) + skip * x
         if DIRECTIONS == 2:
@@ -290,7 +322,6 @@ def scan_backward(
     n = tl.arange(0, NP)
     states_mask = (n[:, None] < DSTATE) & mask[None, :]
     dn = wide(channel, WIDE)[None, :] * DSTATE + n[:, None]  # in (dim, dstate)
-    row = b * dim * DSTATE  # of a tensor (batch, dim, dstate)
     # Of the partial sums over channels, (tile, group, batch, seqlen, dstate).
     steps_row = (tile.to(tl.int64) * batch + b) * seqlen * DSTATE
     partial_row = b * out_sb
@@ -317,20 +348,12 @@ def scan_backward(
     decay_rate = tl.load(pick(d, A0, A1) + dn, mask=states_mask, other=0.0).to(tl.float32) * LOG2E
     skip = per_channel(D0 if D0 is None else pick(d, D0, D1), channel, mask)[:, None]
     bias = per_channel(bias0 if bias0 is None else pick(d, bias0, bias1), channel, mask)[:, None]
-    B = pick(d, B0, B1)
-    C = pick(d, C0, C1)
-    B_st = pick(d, B0_st, B1_st)
-    C_st = pick(d, C0_st, C1_st)
-    B_constant = 0.0
-    C_constant = 0.0
-    if B_CONSTANT:
-        B_constant = tl.load(B + dn, mask=states_mask, other=0.0).to(tl.float32)
-    else:
-        B += b * pick(d, B0_sb, B1_sb) + group * pick(d, B0_sg, B1_sg)
-    if C_CONSTANT:
-        C_constant = tl.load(C + dn, mask=states_mask, other=0.0).to(tl.float32)
-    else:
-        C += b * pick(d, C0_sb, C1_sb) + group * pick(d, C0_sg, C1_sg)
+    B, B_st, B_constant = rows_of(
+        d, b, group, dn, states_mask, B0, B0_sb, B0_sg, B0_st, B1, B1_sb, B1_sg, B1_st, B_CONSTANT
+    )
+    C, C_st, C_constant = rows_of(
+        d, b, group, dn, states_mask, C0, C0_sb, C0_sg, C0_st, C1, C1_sb, C1_sg, C1_st, C_CONSTANT
+    )
     u = pick(d, u0, u1) + b * in_sb
     delta = pick(d, delta0, delta1) + b * in_sb
     if du0 is not None:
@@ -348,7 +371,7 @@ def scan_backward(
     sum_B = tl.zeros([NP, BD], tl.float32) if B_CONSTANT else 0.0
     sum_C = tl.zeros([NP, BD], tl.float32) if C_CONSTANT else 0.0
     if dlast is not None:
-        dh = tl.load(dlast + row + dn, mask=states_mask & (d == 0), other=0.0).to(tl.float32)
+        dh = tl.load(dlast + b * dim * DSTATE + dn, mask=states_mask & (d == 0), other=0.0).to(tl.float32)
     else:
         dh = tl.zeros([NP, BD], tl.float32)
 
@@ -358,35 +381,28 @@ def scan_backward(
         parts = tl.minimum(blocks - first, CHUNK // 4)
         tl.debug_barrier()  # what one lane has stored in scratch memory, another may load
         h = tl.load(
-            states + (d * chunks + k).to(tl.int64) * batch * dim * DSTATE + row + dn, mask=states_mask, other=0.0
+            states + ((d * chunks + k).to(tl.int64) * batch + b) * dim * DSTATE + dn, mask=states_mask, other=0.0
         )
         for part in range(parts - 1):
             tl.store(scratch + part * (NP * BD) + in_scratch, h)
-            start = tl.minimum((first + part + down * (parts - 1 - 2 * part)) * 4, seqlen)
-            at = start + tl.arange(0, 4)
-            valid = (at < seqlen)[None, :]
-            here = mask[:, None] & valid
-            x = load_tile(u, channel, at, in_sd, in_st, here, WIDE)
-            dt = step_size(load_tile(delta, channel, at, in_sd, in_st, here, WIDE) + bias, valid, SOFTPLUS)
+            start, at, valid, here = block_of(first + part + down * (parts - 1 - 2 * part), mask, seqlen)
+            x, raw, dt = staged(u, delta, bias, channel, at, valid, here, in_sd, in_st, SOFTPLUS, WIDE)
             dts = columns(dt, down, BD)
             xdts = columns(x * dt, down, BD)
             for s in tl.static_range(4):
                 t = start + s + down * (3 - 2 * s)
-                B_now = coefficient(B + wide(t, WIDE) * B_st, B_constant, n, t < seqlen, B_CONSTANT, DSTATE, NP)
-                h, same = entering(h, sequence, t, seqlen, seq_st, sign, WIDE)
-                h = decay_of(dts[s], decay_rate, DSTATE, NP) * h + input_of(xdts[s], B_now, DSTATE, NP)
+                _, _, h = advanced(
+                    h, t, dts[s], xdts[s], decay_rate, n, seqlen, sign, B, B_st, B_constant, sequence, seq_st,
+                    B_CONSTANT, DSTATE, NP, WIDE,
+                )  # fmt: skip
         tl.store(scratch + (parts - 1) * (NP * BD) + in_scratch, h)
         tl.debug_barrier()
 
         for back in range(parts):
             part = parts - 1 - back
-            start = tl.minimum((first + part + down * (parts - 1 - 2 * part)) * 4, seqlen)
-            at = start + tl.arange(0, 4)
-            valid = (at < seqlen)[None, :]
-            here = mask[:, None] & valid
+            start, at, valid, here = block_of(first + part + down * (parts - 1 - 2 * part), mask, seqlen)
             h = tl.load(scratch + part * (NP * BD) + in_scratch)
-            x = load_tile(u, channel, at, in_sd, in_st, here, WIDE)
-            raw = load_tile(delta, channel, at, in_sd, in_st, here, WIDE) + bias
+            x, raw, dt = staged(u, delta, bias, channel, at, valid, here, in_sd, in_st, SOFTPLUS, WIDE)
             dy = load_tile(dout, channel, at, in_sd, in_st, here, WIDE) * scale
             if z is not None:
                 gate = load_tile(z_at, channel, at, z_sd, z_st, here, WIDE)
@@ -394,7 +410,6 @@ def scan_backward(
                 dgate = dy * opening * (1.0 + gate * (1.0 - opening))  # but for y
                 gated = gate * opening
                 dy = dy * gated
-            dt = step_size(raw, valid, SOFTPLUS)
             dts = columns(dt, down, BD)
             xdts = columns(x * dt, down, BD)
             dys = columns(dy, down, BD)
@@ -405,11 +420,12 @@ def scan_backward(
             for s in tl.static_range(4):
                 t = start + s + down * (3 - 2 * s)
                 tw = wide(t, WIDE)
-                B_now = coefficient(B + tw * B_st, B_constant, n, t < seqlen, B_CONSTANT, DSTATE, NP)
-                h, same = entering(h, sequence, t, seqlen, seq_st, sign, WIDE)
-                entered = entered + (h,)
+                before, same, h = advanced(
+                    h, t, dts[s], xdts[s], decay_rate, n, seqlen, sign, B, B_st, B_constant, sequence, seq_st,
+                    B_CONSTANT, DSTATE, NP, WIDE,
+                )  # fmt: skip
+                entered = entered + (before,)
                 sames = sames + (same,)
-                h = decay_of(dts[s], decay_rate, DSTATE, NP) * h + input_of(xdts[s], B_now, DSTATE, NP)
                 if NEED_Y:
                     C_now = coefficient(C + tw * C_st, C_constant, n, t < seqlen, C_CONSTANT, DSTATE, NP)
                     ys = ys + (tl.sum(h * C_now, axis=0),)
@@ -471,22 +487,24 @@ def scan_backward(
             elif ddelta0 is not None:
                 store_tile(ddelta_at, channel, at, out_sd, out_st, ddt, here, WIDE)
 
-    # Sums over time: (batch, dim, dstate) and (batch, dim).
+    # Sums over time: (batch, dim, dstate) and (batch, dim). In 32 bits where that does: these offsets take registers in the loops.
+    first_channel = b * dim if WIDE else b.to(tl.int32) * dim
+    row = first_channel * DSTATE
     if dA0 is not None:
-        tl.store(pick(d, dA0, dA1) + row + dn, sum_A, mask=states_mask)
+        tl.store(pick(d, dA0, dA1) + (row + dn), sum_A, mask=states_mask)
     if B_CONSTANT and dB0 is not None:
-        tl.store(dB + row + dn, sum_B, mask=states_mask)
+        tl.store(dB + (row + dn), sum_B, mask=states_mask)
     if C_CONSTANT and dC0 is not None:
-        tl.store(dC + row + dn, sum_C, mask=states_mask)
+        tl.store(dC + (row + dn), sum_C, mask=states_mask)
     if dD0 is not None:
-        tl.store(pick(d, dD0, dD1) + b * dim + channel, tl.sum(sum_D, axis=1), mask=mask)
+        tl.store(pick(d, dD0, dD1) + (first_channel + channel), tl.sum(sum_D, axis=1), mask=mask)
     if dbias0 is not None:
-        tl.store(pick(d, dbias0, dbias1) + b * dim + channel, tl.sum(sum_bias, axis=1), mask=mask)
+        tl.store(pick(d, dbias0, dbias1) + (first_channel + channel), tl.sum(sum_bias, axis=1), mask=mask)
     if dinitial is not None:
-        tl.store(dinitial + row + dn, dh, mask=states_mask & (d == 0))
+        tl.store(dinitial + (row + dn), dh, mask=states_mask & (d == 0))
 
 
-@triton.jit(do_not_specialize=["dim", "blocks_d", "blocks_t"])
+@triton.jit(do_not_specialize=["blocks_d", "blocks_t"])
 def scan_merge(
     y, du_partial, ddelta_partial, z, dout, out, dz, du, ddelta, dim, seqlen, blocks_d, blocks_t, plane, scale,
     in_sb, in_sd, in_st, z_sb, z_sd, z_st, out_sb, out_sd, out_st,
