@@ -51,6 +51,27 @@ __device__ inline void write_states(float* p, const float (&v)[count]) {
   }
 }
 
+// A thread's share of the sums over channels: of step j of a group the states 4 four .. 4 four + 3, over the channels share + i kSplit. With more
+// tasks than threads it has one in every `rounds`.
+template <class S>
+struct SumTask {
+  static constexpr int kFours = S::dstate / 4, kTasks = kGroup * kFours;
+  static constexpr int rounds = kTasks > S::threads ? kTasks / S::threads : 1, kSplit = kTasks > S::threads ? 1 : S::threads / kTasks;
+  static constexpr int j_by = S::threads / kFours;  // from round to round
+  static constexpr bool scatters = kSplit >= 4;     // each of four threads is left with one sum
+  static_assert(kSplit * kFours <= 32 || kSplit == 1);
+  int four, share, j;
+  const float* states;   // of step j and channel `share`
+  const float2* inputs;  // of step j, if the group were at place 0, and channel `share`
+  const float* dy;
+
+  __device__ SumTask(int thread, SharedBackward<S>* shared, int base)
+      : four(thread % kFours), share(thread / kFours % kSplit), j(thread / (kFours * kSplit)),
+        states(at_offset<float>(shared, base + int(offsetof(SharedBackward<S>, states)) + ((j * S::channels + share) * S::dstate + 4 * four) * 4)),
+        inputs(at_offset<float2>(shared, base + (j * S::pitch + share) * 8)),
+        dy(at_offset<float>(shared, base + int(offsetof(SharedBackward<S>, dy)) + (j * S::pitch + share) * 4)) {}
+};
+
 // One chunk: forwards for the states, then back.
 template <class S, class M>
 struct Walk {
@@ -64,56 +85,60 @@ struct Walk {
   float2* own_inputs;  // of this thread's channel, at place 0
   float* own_dy;
   const unsigned resets;  // by place
+  const SumTask<S>& task;
+  float *&dB_here, *&dC_here;  // Whole: where this thread's sums of the present group go
+  const int by_group;          // from group to group
   const int thread, channel, part;
   const bool wants_y;
   const float D;
 
   __device__ int time_of(int place) const { return chunk.first + (d.reverse ? kChunk - 1 - place : place); }
 
-  // Sums of factor * state over the channels of the tile, for the steps of a group, into an addend of dB or dC. `factor(place, channel)`.
+  // Sums of factor * state over the channels of the tile, for the steps of a group, into an addend of dB or dC.
+  // factor(element): of the task's step and channel, `element` elements of a plane onwards.
   template <class Factor>
-  __device__ void sum_over_channels(int first, int count, float* gradient, Factor factor) const {
-    constexpr int kFours = S::dstate / 4, kTasks = kGroup * kFours;
-    constexpr int kRounds = kTasks > S::threads ? kTasks / S::threads : 1, kSplit = kTasks > S::threads ? 1 : S::threads / kTasks;
-    static_assert(kSplit * kFours <= 32 || kSplit == 1);
+  __device__ void sum_over_channels(int first, int count, float* gradient, float*& here, Factor factor) const {
+    using Task = SumTask<S>;
 #pragma unroll
-    for (int round = 0; round < kRounds; ++round) {
-      const int task = round * S::threads + thread;
-      const int four = task % kFours, share = task / kFours % kSplit, j = task / (kFours * kSplit);
+    for (int round = 0; round < Task::rounds; ++round) {
+      const int j = task.j + round * Task::j_by;
       float sum[4] = {};
       if (M::whole || j < count) {
 #pragma unroll
-        for (int i = 0; i < S::channels / kSplit; ++i) {
-          const int c = share + i * kSplit;
-          if (!M::whole && c >= tile.count) break;
+        for (int i = 0; i < S::channels / Task::kSplit; ++i) {
+          if (!M::whole && task.share + i * Task::kSplit >= tile.count) break;
           float v[4];
-          read_states(own.states + (j * S::channels + c) * S::dstate + 4 * four, v);
-          const float f = factor(first + j, c);
+          read_states(task.states + (round * Task::j_by * S::channels + i * Task::kSplit) * S::dstate, v);
+          const float f = factor((first + round * Task::j_by) * S::pitch + i * Task::kSplit);
 #pragma unroll
           for (int n = 0; n < 4; ++n) sum[n] = i ? fmaf(f, v[n], sum[n]) : f * v[n];
         }
       }
-      const auto place = [&] {
-        const int64_t row = ((int64_t(tile.index) * p.batch + tile.batch) * p.groups + tile.group) * p.seqlen + time_of(first + j);
-        return gradient + row * S::dstate + 4 * four;
-      };
-      if constexpr (kSplit >= 4) {
-        const float total = sum_to_lane<kSplit, kFours>(sum, share);
-        if ((kSplit == 4 || share < 4) && (M::whole || j < count)) store_value(place() + share, total);
+      float* const to = M::whole ? here + round * Task::j_by * S::dstate * (d.reverse ? -1 : 1) : sums_at(gradient, first + j);
+      if constexpr (Task::scatters) {
+        const float total = sum_to_lane<Task::kSplit, Task::kFours>(sum, task.share);
+        if ((Task::kSplit == 4 || task.share < 4) && (M::whole || j < count)) store_value(to, total);
       } else {
 #pragma unroll
-        for (int n = 0; n < 4; ++n) sum[n] = sum_of_lanes<kSplit * kFours, kFours>(sum[n]);
-        if (share == 0 && (M::whole || j < count)) store_many<4>(place(), sum);
+        for (int n = 0; n < 4; ++n) sum[n] = sum_of_lanes<Task::kSplit * Task::kFours, Task::kFours>(sum[n]);
+        if (task.share == 0 && (M::whole || j < count)) store_many<4>(to, sum);
       }
     }
+    if (M::whole) here -= by_group;
+  }
+
+  // Where this thread's sums of a step go.
+  __device__ float* sums_at(float* gradient, int place) const {
+    const int64_t row = ((int64_t(tile.index) * p.batch + tile.batch) * p.groups + tile.group) * p.seqlen + time_of(place);
+    return gradient + row * S::dstate + 4 * task.four + (SumTask<S>::scatters ? task.share : 0);
   }
 
   // The same for a coefficient that is constant in time: sums over the steps of a group, added to what earlier groups left.
   template <class Factor>
   __device__ void sum_over_steps(int first, int count, float* gradient, Factor factor) const {
     constexpr int kFours = S::dstate / 4, kTasks = S::channels * kFours;
-    for (int task = thread; task < kTasks; task += S::threads) {
-      const int four = task % kFours, c = task / kFours;
+    for (int k = thread; k < kTasks; k += S::threads) {
+      const int four = k % kFours, c = k / kFours;
       if (c >= tile.count) break;
       float* const place = gradient + (int64_t(tile.batch) * p.dim + tile.first + c) * S::dstate + 4 * four;
       float sum[4];
@@ -121,21 +146,12 @@ struct Walk {
       for (int j = 0; j < count; ++j) {
         float v[4];
         read_states(own.states + (j * S::channels + c) * S::dstate + 4 * four, v);
-        const float f = factor(first + j, c);
+        const float f = factor((first + j) * S::pitch + c);
 #pragma unroll
         for (int n = 0; n < 4; ++n) sum[n] = fmaf(f, v[n], sum[n]);
       }
       store_many<4>(place, sum);
     }
-  }
-
-  template <class Factor>
-  __device__ void sum_into(const Coefficient& coefficient, int first, int count, float* gradient, Factor factor) const {
-    if (!gradient) return;
-    if (!S::staged && coefficient.constant)
-      sum_over_steps(first, count, gradient, factor);
-    else
-      sum_over_channels(first, count, gradient, factor);
   }
 
   // careful: steps may be missing at the end of the chunk's walk, and states may restart.
@@ -167,7 +183,7 @@ struct Walk {
     for (int group = kGroups - 1; group >= 0; --group) {
       const int first = start + group * kGroup;
       const int count = careful ? min(kGroup, chunk.count - group * kGroup) : kGroup;  // not positive where the chunk has ended
-      float a[kGroup][S::states], y[kGroup] = {}, dt[kGroup] = {};
+      float a[kGroup][S::states], y[kGroup] = {};
 #pragma unroll
       for (int i = 0; i < S::states; ++i) h[i] = entry[group][i];
 #pragma unroll
@@ -175,7 +191,6 @@ struct Walk {
         if (careful && j >= count) break;
         const float2 in = own_inputs[(first + j) * S::pitch];
         const float v = in.x * in.y;
-        dt[j] = in.x;
         float B[S::states];
         coefficients.read_B(chunk, first + j, B);
         const bool reset = careful && resets >> (first + j) & 1;
@@ -193,13 +208,16 @@ struct Walk {
         }
       }
       __syncthreads();
-      sum_into(d.C, first, count, d.dC, [&](int place, int c) { return own.dy[place * S::pitch + c]; });
+      if (d.dC && !S::staged && d.C.constant)
+        sum_over_steps(first, count, d.dC, [&](int i) { return own.dy[i]; });
+      else if (d.dC)
+        sum_over_channels(first, count, d.dC, dC_here, [&](int i) { return task.dy[i]; });
       __syncthreads();
       float du[kGroup] = {}, ddelta[kGroup] = {};  // shares of this thread's states: g B, and a g h A
 #pragma unroll
       for (int j = kGroup - 1; j >= 0; --j) {
         if (careful && j >= count) continue;
-        const float dy = own_dy[(first + j) * S::pitch];
+        const float dt = own_inputs[(first + j) * S::pitch].x, dy = own_dy[(first + j) * S::pitch];
         const bool reset = careful && resets >> (first + j) & 1;
         float B[S::states], C[S::states], before[S::states];
         coefficients.read_B(chunk, first + j, B);
@@ -219,7 +237,7 @@ struct Walk {
           g[i] = reset ? 0.0f : g[i] * a[j][i];
           const float slope = reset ? 0.0f : g[i] * before[i];
           ddelta[j] = i ? fmaf(slope, A[i], ddelta[j]) : slope * A[i];
-          dA[i] = fmaf(slope, dt[j], dA[i]);
+          dA[i] = fmaf(slope, dt, dA[i]);
         }
       }
       // Thread j of a channel finishes step j.
@@ -239,10 +257,11 @@ struct Walk {
         dbias += result_ddelta;
       }
       __syncthreads();
-      sum_into(d.B, first, count, d.dB, [&](int place, int c) {
-        const float2 in = own.inputs[place * S::pitch + c];
-        return in.x * in.y;
-      });
+      const auto product = [](float2 in) { return in.x * in.y; };
+      if (d.dB && !S::staged && d.B.constant)
+        sum_over_steps(first, count, d.dB, [&](int i) { return product(own.inputs[i]); });
+      else if (d.dB)
+        sum_over_channels(first, count, d.dB, dB_here, [&](int i) { return product(task.inputs[i]); });
       __syncthreads();
       if (finishes) own_inputs[slot] = make_float2(result_ddelta, result_du), own_dy[slot] = result_y;
     }
@@ -290,9 +309,19 @@ __global__ void __launch_bounds__(2 * S::threads, kResidentThreads<S, M> / (2 * 
   const Chunk first_chunk = chunk_at(0);
   const Start<S, M> start{tile, first_chunk, reverse ? 1 : -1};
   auto u = start.of(d.u, elements), delta = start.of(d.delta, elements), dout = start.of(p.dout, elements), z = start.of(p.z, elements);
-  auto du = start.of(d.du, elements), ddelta = start.of(d.ddelta, elements), dz = start.of(p.dz, elements), out = start.of(p.out, elements);
-  auto y_share = start.of(p.partial, elements);
+  auto du = start.of(d.du, elements), ddelta = start.of(d.ddelta, elements), dz = start.of(p.dz, elements);
+  auto y_share = start.of(p.partial, elements), apart = start.of(p.out, elements);
+  auto& out = M::whole ? y_share : apart;  // there they are the same, if there is an `out`
   auto B = start.of(d.B, coefficient_elements, p.dstate), C = start.of(d.C, coefficient_elements, p.dstate);
+
+  const SumTask<S> sum_task(thread, shared, base);
+  const int by_group = (reverse ? -1 : 1) * kGroup * S::dstate;
+  const auto last_sums = [&](float* gradient) {  // Whole: this thread's of the last group of the chunk that is visited first
+    const int place = kChunk - kGroup + sum_task.j, time = first_chunk.first + (reverse ? kChunk - 1 - place : place);
+    const int64_t at = ((int64_t(tile.index) * p.batch + tile.batch) * p.groups + tile.group) * p.seqlen + time;
+    return gradient + at * S::dstate + 4 * sum_task.four + (SumTask<S>::scatters ? sum_task.share : 0);
+  };
+  float *dB_here = M::whole ? last_sums(d.dB) : nullptr, *dC_here = M::whole ? last_sums(d.dC) : nullptr;
 
   // What the two directions share, a gradient of u or delta, and y: the one that comes first to a chunk leaves its part, near the middle in
   // registers, else in global memory, and the other adds it; in the middle of an odd number they meet. As in the forward.
@@ -302,9 +331,6 @@ __global__ void __launch_bounds__(2 * S::threads, kResidentThreads<S, M> / (2 * 
 #pragma unroll 1
   for (int visit = 0; visit < chunks; ++visit) {
     const Chunk chunk = chunk_at(visit);
-    const bool comes_first = visit < first_half, adds = visit >= second_half, meets = two && !comes_first && !adds;
-    const bool leaves_kept = comes_first && visit >= first_half - kKept<S, M>, takes_kept = adds && visit < kept_until;
-
     float slope[kElements];  // of out in y, over z: dz = slope y
     {
       float in[kElements], dt[kElements];
@@ -358,13 +384,16 @@ __global__ void __launch_bounds__(2 * S::threads, kResidentThreads<S, M> / (2 * 
 
     // Both directions take the same way, since they meet at barriers.
     const unsigned resets = M::whole ? 0u : own.resets;
-    const Walk<S, M> walk{p, d, tile, chunk, coefficients, own, own_states, own_inputs, own_dy, resets, thread, channel, part, wants_y, D};
+    const Walk<S, M> walk{p,       d,      tile,    chunk,    coefficients, own,     own_states, own_inputs, own_dy, resets,
+                          sum_task, dB_here, dC_here, by_group, thread,       channel, part,       wants_y,    D};
     if (!M::whole && (own.careful | other.careful))
       walk.template run<true>(A, h, g, dA, dD, dbias);
     else
       walk.template run<false>(A, h, g, dA, dD, dbias);
     __syncthreads();
 
+    const bool comes_first = visit < first_half, adds = visit >= second_half, meets = two && !comes_first && !adds;
+    const bool leaves_kept = comes_first && visit >= first_half - kKept<S, M>, takes_kept = adds && visit < kept_until;
     if constexpr (kKept<S, M> > 0) {
       if (takes_kept) {
         at_constant<kKept<S, M>>(visit - second_half, [&](auto at) {
@@ -432,7 +461,7 @@ __global__ void __launch_bounds__(2 * S::threads, kResidentThreads<S, M> / (2 * 
           for (int i = 0; i < kElements; ++i) slope[i] *= y[i];
           dz.store(chunk, slope);
         }
-        if (out) {  // z once more: registers
+        if (p.out) {  // z once more: registers
           float gate[kElements];
           if (z) z.load(chunk, gate);
 #pragma unroll
@@ -442,7 +471,7 @@ __global__ void __launch_bounds__(2 * S::threads, kResidentThreads<S, M> / (2 * 
       }
     }
     __syncthreads();
-    u.advance(), delta.advance(), dout.advance(), z.advance(), du.advance(), ddelta.advance(), dz.advance(), out.advance(), y_share.advance();
+    u.advance(), delta.advance(), dout.advance(), z.advance(), du.advance(), ddelta.advance(), dz.advance(), y_share.advance(), apart.advance();
     B.advance(), C.advance();
   }
 

@@ -243,6 +243,9 @@ struct Part {
 template <class S>
 struct Elements : Part<S::elements> {
   using Base = Part<S::elements>;
+  using Tensor = Plane;
+  static constexpr int steps = S::steps;
+  static __device__ int64_t base(const Plane& plane, const Tile& tile) { return tile.batch * plane.batch + int64_t(tile.first) * plane.k; }
 
   int first_slot, next_slot, by_packet;  // in a plane (place, channel) of S::pitch
 
@@ -268,6 +271,9 @@ struct Elements : Part<S::elements> {
 template <class S>
 struct CoefficientElements : Part<S::staged ? S::steps * S::dstate / S::threads : 1> {
   using Base = Part<S::staged ? S::steps * S::dstate / S::threads : 1>;
+  using Tensor = Coefficient;
+  static constexpr int steps = S::steps;
+  static __device__ int64_t base(const Coefficient& c, const Tile& tile) { return tile.batch * c.batch + tile.group * c.group; }
   static_assert(!S::staged || S::dstate % Base::width == 0);
 
   bool mirrored;  // see Elements
@@ -302,26 +308,29 @@ struct Raw {
   typename M::word word[P::count];
 };
 
-// A thread's part of a tensor, chunk after chunk in the order of its direction's visits. What every access needs is in registers, the rest stays
-// with the kernel's parameters.
+// A thread's part of a tensor, chunk after chunk in the order of its direction's visits. Whole: a pointer walks along. Any: the address is formed at
+// every access, from the kernel's parameters, since registers are short.
 template <class P, class M>
 struct Stream {
-  const Plane& plane;
+  const typename P::Tensor& plane;
   const P& part;
-  char* here;       // the thread's first element of the present chunk
-  int onward;       // bytes to the next
-  bool packed;      // a packet of a whole chunk is one access
-  int k_count;      // elements exist for k below this
+  const Tile& tile;
+  const int k_count, k_whole;  // elements exist for k below k_count; with k_whole of them the tile is full
+  char* here = nullptr;        // the thread's first element of the present chunk
+  int onward = 0;              // bytes to the next
 
-  // `base`: elements before the first of the tile; `chunk`: the one visited first; `by`: +1 or -1.
-  __device__ Stream(const Plane& plane_, const P& part_, int64_t base, const Chunk& chunk, int by, int steps, int k_count_, int k_whole)
-      : plane(plane_), part(part_), packed(plane_.packed && k_count_ == k_whole), k_count(k_count_) {
-    const int item = item_bytes();
-    here = plane.data + (base + (int64_t(chunk.first) + part.step) * plane.step + int64_t(part.k) * plane.k) * item;
-    onward = settled(by * steps * item * plane.step);
+  // `chunk`: the one visited first; `by`: +1 or -1.
+  __device__ Stream(const typename P::Tensor& plane_, const P& part_, const Tile& tile_, int k_count_, int k_whole_, const Chunk& chunk, int by)
+      : plane(plane_), part(part_), tile(tile_), k_count(k_count_), k_whole(k_whole_) {
+    if constexpr (M::whole) {
+      here = at(chunk.first);
+      onward = settled(by * P::steps * item_bytes() * plane.step);
+    }
   }
   __device__ explicit operator bool() const { return plane.data != nullptr; }
-  __device__ void advance() { here += onward; }
+  __device__ void advance() {
+    if (M::whole) here += onward;
+  }
 
   // Zeros where there is no such element.
   template <bool readonly = false>
@@ -329,8 +338,8 @@ struct Stream {
     with_dtype<M>(plane.dtype, [&](auto example) {
       using T = decltype(example);
       constexpr int kWords = ceil_div(P::width * int(sizeof(T)), 4);
-      const char* p = here;
-      if (M::whole || (packed && chunk.whole)) {
+      const char* p = M::whole ? here : at(chunk.first);
+      if (M::whole || (plane.packed && k_count == k_whole && chunk.whole)) {
 #pragma unroll
         for (int i = 0; i < P::packets; ++i) load_words<readonly, P::width * int(sizeof(T))>(p + i * by_packet<T>(), raw.word + i * P::width);
       } else {
@@ -379,11 +388,11 @@ struct Stream {
   __device__ void store(const Chunk& chunk, const float (&v)[P::count]) const {
     with_dtype<M>(plane.dtype, [&](auto example) {
       using T = decltype(example);
-      char* p = here;
+      char* p = M::whole ? here : at(chunk.first);
 #pragma unroll
       for (int i = 0; i < P::packets; ++i) {
         T* to = reinterpret_cast<T*>(p + i * by_packet<T>());
-        if (M::whole || (packed && chunk.whole)) {
+        if (M::whole || (plane.packed && k_count == k_whole && chunk.whole)) {
           float packet[P::width];
 #pragma unroll
           for (int k = 0; k < P::width; ++k) packet[k] = v[i * P::width + k];
@@ -398,6 +407,9 @@ struct Stream {
   }
 
  private:
+  __device__ char* at(int step) const {
+    return plane.data + (P::base(plane, tile) + (int64_t(step) + part.step) * plane.step + int64_t(part.k) * plane.k) * item_bytes();
+  }
   __device__ int item_bytes() const {
     if constexpr (M::whole) return int(sizeof(typename M::type));
     return plane.dtype == DType::f32 ? 4 : 2;
@@ -416,10 +428,10 @@ struct Start {
   int by;
 
   __device__ Stream<Elements<S>, M> of(const Plane& plane, const Elements<S>& elements) const {
-    return {plane, elements, tile.batch * plane.batch + int64_t(tile.first) * plane.k, chunk, by, S::steps, tile.count, S::channels};
+    return {plane, elements, tile, tile.count, S::channels, chunk, by};
   }
   __device__ Stream<CoefficientElements<S>, M> of(const Coefficient& c, const CoefficientElements<S>& elements, int dstate) const {
-    return {c, elements, tile.batch * c.batch + tile.group * c.group, chunk, by, S::steps, dstate, S::dstate};
+    return {c, elements, tile, dstate, S::dstate, chunk, by};
   }
 };
 
