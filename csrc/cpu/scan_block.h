@@ -41,15 +41,16 @@ Plan make_plan(const ScanArgs& a) {
 }
 
 struct Run {
-  int offset, count;  // first step relative to the chunk's lowest time
-  bool fresh;         // the sequence index changed: the state starts from zero
+  int begin, count;  // steps of the chunk before it, and its own
+  int offset;        // first step relative to the chunk's lowest time
+  bool fresh;        // the sequence index changed: the state starts from zero
 };
 
 // The runs of equal sequence index within [t0, t1), in scan order.
 inline int find_runs(const Tensor& seq_idx, int64_t batch, int64_t t0, int64_t t1, int64_t seqlen, bool reverse, Run* runs) {
   const int steps = int(t1 - t0), first = reverse ? steps - 1 : 0, sign = reverse ? -1 : 1;
   if (!seq_idx) {
-    runs[0] = {first, steps, false};
+    runs[0] = {0, steps, first, false};
     return 1;
   }
   int n = 0;
@@ -57,7 +58,7 @@ inline int find_runs(const Tensor& seq_idx, int64_t batch, int64_t t0, int64_t t
     const int64_t t = t0 + first + sign * i, before = t - sign;
     const bool fresh = before >= 0 && before < seqlen &&
                        load_index(seq_idx.at(batch, t), seq_idx.dtype) != load_index(seq_idx.at(batch, before), seq_idx.dtype);
-    if (i == 0 || fresh) runs[n++] = {first + sign * i, 0, fresh};
+    if (i == 0 || fresh) runs[n++] = {i, 0, first + sign * i, fresh};
     ++runs[n - 1].count;
   }
   return n;
@@ -93,28 +94,36 @@ inline void for_states(int64_t dstate, F&& f) {
   for (; n < dstate; ++n) f(n, ConstantInt<1>{});
 }
 
-// Memory that is needed soon, asked for little by little between the passes of the recurrence, which leave the memory alone.
+// Memory that is needed soon: some lines of it for every stretch of the recurrence, a line a step.
 class Ahead {
  public:
-  Ahead(const Plan& p, int64_t channel, int64_t channels, int64_t tiles)
-      : plan_(p), channel_(channel), channels_(channels), parts_(int(tiles * passes_of(p.dstate))) {}
-  void add(const Tensor& t, int64_t batch, int64_t chunk) {
-    if (t && chunk >= 0 && chunk < plan_.chunks) blocks_[count_++] = {plane(t, batch), chunk * kChunk, plan_.end_of(chunk)};
+  void add(const Plane& p, int64_t channel, int64_t channels, int64_t time, int64_t steps) {
+    const bool by_time = p.channel_stride == 1;
+    const int64_t rows = by_time ? steps : channels, pitch = (by_time ? p.time_stride : p.channel_stride) * item_size(p.dtype);
+    const char* row = p.at(channel, time);
+    const int64_t columns = (line_offset(row) + (by_time ? channels : steps) * item_size(p.dtype) + 63) / 64;
+    if (count_ + rows * columns > kMaxLines) return;
+    row -= line_offset(row);
+    for (int64_t r = 0; r < rows; ++r, row += pitch)
+      for (int64_t c = 0; c < columns; ++c) lines_[count_++] = row + c * 64;
   }
-  void fetch() {
-    for (int i = 0; i < count_; ++i)
-      prefetch_block(blocks_[i].plane, channel_, channels_, blocks_[i].t0, blocks_[i].t1 - blocks_[i].t0, part_, parts_);
-    ++part_;
+  void begin(int64_t stretches) {
+    each_ = (count_ + stretches - 1) / stretches;
+    for (int i = 0; i < kChunk; ++i) lines_[count_ + i] = reinterpret_cast<const char*>(lines_);
+  }
+  // kChunk lines for the next stretch; if it takes more, the others are asked for now.
+  const char* const* next() {
+    const char* const* lines = lines_ + at_;
+    for (int64_t i = kChunk; i < each_ && at_ + i < count_; ++i) prefetch_line(lines[i]);
+    at_ = at_ + each_ < count_ ? at_ + each_ : count_;
+    return lines;
   }
 
  private:
-  struct {
-    Plane plane;
-    int64_t t0, t1;
-  } blocks_[8];
-  const Plan& plan_;
-  int64_t channel_, channels_;
-  int count_ = 0, part_ = 0, parts_;
+  static constexpr int64_t kMaxLines = 8 * kMaxBlockTiles * 16 * 3;
+  static int64_t line_offset(const char* p) { return int64_t(reinterpret_cast<uintptr_t>(p) & 63); }
+  const char* lines_[kMaxLines + kChunk];
+  int64_t count_ = 0, at_ = 0, each_ = 0;
 };
 
 // One task: a batch row and a block of neighbouring channel tiles.
@@ -223,15 +232,19 @@ struct ScanTask {
       T *at = delta[d].at(tile, t0), *slopes = slope ? slope->at(tile, t0) : nullptr;
       for (int64_t i = 0; i < (t1 - t0) * W; i += W) {
         const Vec<T> x = load(at + i) + b;
-        store(at + i, a.delta_softplus ? select(is_valid, softplus(x), Vec<T>{}) : x);
-        if (slopes) store(slopes + i, select(x > 20, Vec<T>{} + 1, sigmoid(x)));
+        Vec<T> derivative;
+        store(at + i, a.delta_softplus ? select(is_valid, softplus(x, &derivative), Vec<T>{}) : x);
+        if (slopes) store(slopes + i, derivative);
       }
     }
   }
-  Ahead ahead(Tiles part) const { return {p, channel + part.first * W, channels_of(part), part.count}; }
-  void add_inputs(Ahead& ahead, int d, int64_t chunk) const {
-    if (d == 0 || separate_u) ahead.add(source(&ScanDirection::u, d), batch, chunk);
-    if (d == 0 || separate_delta) ahead.add(source(&ScanDirection::delta, d), batch, chunk);
+  void add_ahead(Ahead& ahead, const Tensor& t, Tiles part, int64_t chunk) const {
+    if (!t || chunk < 0 || chunk >= p.chunks) return;
+    ahead.add(plane(t, batch), channel + part.first * W, channels_of(part), chunk * kChunk, p.end_of(chunk) - chunk * kChunk);
+  }
+  void add_inputs_ahead(Ahead& ahead, int d, Tiles part, int64_t chunk) const {
+    if (d == 0 || separate_u) add_ahead(ahead, source(&ScanDirection::u, d), part, chunk);
+    if (d == 0 || separate_delta) add_ahead(ahead, source(&ScanDirection::delta, d), part, chunk);
   }
 
   // y's skip part: the first direction sets it, the second adds its own.
@@ -294,43 +307,33 @@ struct ScanTask {
   }
 
   // Where the inner loops start for states n, n + 1, ... of a tile and a run of the chunk at t0.
-  Steps<T> steps(int d, int64_t tile, int64_t t0, int64_t n, const Run& run) {
+  Steps<T> steps(int d, int64_t tile, int64_t t0, int64_t n, const Run& run, const char* const* lines) {
     const T* at_B = B + (varies(&ScanDirection::B, d) ? run.offset * pitch_B + n : (tile * p.dstate + n) * W);
     const T* at_C = C + (varies(&ScanDirection::C, d) ? run.offset * pitch_C + n : (tile * p.dstate + n) * W);
     return {run.count, a.direction[d].reverse ? -1 : 1, rows_u(d).at(tile, t0 + run.offset), rows_delta(d).at(tile, t0 + run.offset),
-            at_B, at_C, pitch_B, pitch_C};
+            at_B, at_C, pitch_B, pitch_C, lines};
   }
 };
 
-// Least and greatest delta of a chunk, lane by lane; `finite` is false if one is infinite or NaN.
+// Whether the products of a tile's delta in one chunk with its A2 all stay where the short form of exp2 is exact enough.
 template <class T>
-struct Range {
-  Vec<T> low, high;
-  bool finite = true;
-
-  Range(const T* at, int64_t steps) : low(load(at)), high(load(at)) {
-    Vec<T> probe = {};
-    for (int64_t t = 0; t < steps; ++t) {
-      const Vec<T> d = load(at + t * kLanes<T>);
-      low = d < low ? d : low;
-      high = d > high ? d : high;
-      probe += d - d;
-    }
-    for (int i = 0; i < kLanes<T>; ++i) finite &= probe[i] == T(0);
+inline bool is_safe(const T* delta, int64_t steps, const T* A2, int64_t dstate) {
+  Vec<T> low = load(delta), high = low, probe = {}, bad = {};
+  for (int64_t t = 0; t < steps; ++t) {
+    const Vec<T> d = load(delta + t * kLanes<T>);
+    low = d < low ? d : low;
+    high = d > high ? d : high;
+    probe += d - d;  // not zero where d is infinite or NaN
   }
-  // Whether delta * A2 of `count` states stays where the short form of exp2 is exact enough.
-  bool is_safe(const T* A2, int count) const {
-    Vec<T> bad = {};
-    for (int k = 0; k < count; ++k) {
-      const Vec<T> a2 = load(A2 + k * kLanes<T>), x = a2 * low, y = a2 * high;
-      const Mask<T> good = ((x < y ? x : y) > T(-65536)) & ((x < y ? y : x) <= T(0));
-      bad = good ? bad : Vec<T>{} + T(1);
-    }
-    bool safe = finite;
-    for (int i = 0; i < kLanes<T>; ++i) safe &= bad[i] == T(0);
-    return safe;
+  for (int64_t n = 0; n < dstate; ++n) {
+    const Vec<T> a2 = load(A2 + n * kLanes<T>), x = a2 * low, y = a2 * high;
+    const Mask<T> good = ((x < y ? x : y) > T(-65536)) & ((x < y ? y : x) <= T(0));
+    bad = good ? bad : Vec<T>{} + T(1);
   }
-};
+  bool safe = true;
+  for (int i = 0; i < kLanes<T>; ++i) safe &= probe[i] == T(0) && bad[i] == T(0);
+  return safe;
+}
 
 template <class F>
 inline void with_bool(bool b, F&& f) {

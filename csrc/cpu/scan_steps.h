@@ -26,6 +26,7 @@ struct Steps {  // a run of `count` steps; pointers stand at its first one
   const T *u, *delta;                 // (time, lane)
   const T *B, *C;                     // see coefficient()
   int64_t pitch_B, pitch_C;           // from one time step to the next, where they vary
+  const char* const* ahead;           // a cache line a step that will be needed soon: the recurrence leaves the memory alone
 };
 
 // y += C h along the run; h is updated. A2 = A log2(e). kSafe: see exp2_product.
@@ -40,6 +41,7 @@ inline void scan_steps(const Steps<T>& s, const T* A, const T* A2, T* h_io, T* y
   }
   const T *u = s.u, *delta = s.delta, *B = s.B, *C = s.C;
   for (int i = 0; i < s.count; ++i) {
+    prefetch_line(s.ahead[i]);
     const Vec<T> d = load(delta), x = d * load(u);
     Vec<T> sum = load(y);
 #pragma GCC unroll 4
@@ -69,6 +71,7 @@ inline void recompute_steps(const Steps<T>& s, const T* A, const T* A2, T* h_io,
   const T *u = s.u, *delta = s.delta, *B = s.B, *C = s.C;
   for (int i = 0; i < s.count; ++i) {
     states += kCount * W;
+    prefetch_line(s.ahead[i]);
     const Vec<T> d = load(delta), x = d * load(u);
     Vec<T> sum = kNeedY ? load(y) : Vec<T>{};
 #pragma GCC unroll 4
@@ -89,35 +92,41 @@ inline void recompute_steps(const Steps<T>& s, const T* A, const T* A2, T* h_io,
 template <class T>
 struct Sweep {  // gradients of one run, walked from its last step to its first
   const T* dy;                       // (time, lane)
-  T *dx, *ddelta;                    // (time, lane): of delta * u, and of delta through the decay; added to
+  T *dx, *ddelta;                    // (time, lane): of delta * u, and of delta through the decay; added to, or set in the `first` pass
   const T *decays, *states;          // of recompute_steps, at the run's first step
   T *dB, *dC;                        // varying: (step, state, lane) at the run's first step; constant: (state, lane); added to
   T *dh, *dA;                        // (state, lane): carried gradient of the state, gradient of A; in and out
+  bool first;
 };
 
 template <class T, int kCount, bool kVariesB, bool kVariesC>
 inline void sweep_steps(const Steps<T>& s, const Sweep<T>& g, const T* A) {
   constexpr int W = kLanes<T>;
   const int last = s.count - 1;
+  const bool first = g.first;
   const int64_t step = s.direction * W, step_B = kVariesB ? s.direction * s.pitch_B : 0, step_C = kVariesC ? s.direction * s.pitch_C : 0;
   const T *u = s.u + last * step, *delta = s.delta + last * step, *dy = g.dy + last * step;
   T *dx = g.dx + last * step, *ddelta = g.ddelta + last * step;
   const T *B = s.B + last * step_B, *C = s.C + last * step_C;
   const T *decays = g.decays + last * kCount * W, *states = g.states + last * kCount * W;
   T *dB = g.dB + (kVariesB ? last * kCount * W : 0), *dC = g.dC + (kVariesC ? last * kCount * W : 0);
-  Vec<T> dh[kCount], dA[kCount];
-  for (int k = 0; k < kCount; ++k) dh[k] = load(g.dh + k * W), dA[k] = load(g.dA + k * W);
+  Vec<T> dh[kCount], dA[kCount], h[kCount];  // h: the state after the present step
+  for (int k = 0; k < kCount; ++k) {
+    dh[k] = load(g.dh + k * W), dA[k] = load(g.dA + k * W), h[k] = load(states + (kCount + k) * W);
+  }
   for (int i = last; i >= 0; --i) {
+    prefetch_line(s.ahead[i]);
     const Vec<T> d = load(delta), x = d * load(u), gy = load(dy);
-    Vec<T> sum_x = load(dx), sum_delta = load(ddelta);
+    Vec<T> sum_x = first ? Vec<T>{} : load(dx), sum_delta = first ? Vec<T>{} : load(ddelta);
 #pragma GCC unroll 4
     for (int k = 0; k < kCount; ++k) {
       dh[k] += coefficient<T, kVariesC>(C, k) * gy;
-      store(dC + k * W, load(dC + k * W) + gy * load(states + (kCount + k) * W));
+      store(dC + k * W, load(dC + k * W) + gy * h[k]);
       store(dB + k * W, load(dB + k * W) + x * dh[k]);
       sum_x += coefficient<T, kVariesB>(B, k) * dh[k];
       dh[k] *= load(decays + k * W);
-      const Vec<T> through_decay = dh[k] * load(states + k * W);
+      h[k] = load(states + k * W);
+      const Vec<T> through_decay = dh[k] * h[k];
       sum_delta += load(A + k * W) * through_decay;
       dA[k] += d * through_decay;
     }

@@ -85,7 +85,11 @@ void reduce_lanes(const T* rows, int steps, int64_t dstate, T* out) {
     Vec<T> v[W];
     for (int j = 0; j < W; ++j) v[j] = i + j < steps * kCount ? load(rows + (i + j) * W) : Vec<T>{};
     const Vec<T> sums = sum_lanes<T>(v);
-    for (int j = 0; j < W && i + j < steps * kCount; ++j) out[(i + j) / kCount * dstate + (i + j) % kCount] = sums[j];
+    constexpr int kPiece = kCount < W ? kCount : W;  // neighbours in `out`
+    alignas(64) T row[W];
+    store(row, sums);
+    for (int j = 0; j < W && i + j < steps * kCount; j += kPiece)
+      memcpy(out + (i + j) / kCount * dstate + (i + j) % kCount, row + j, kPiece * sizeof(T));
   }
 }
 
@@ -144,14 +148,13 @@ void store_gate(ScanTask<T>& k, Gradients<T>& g, int64_t t0, int64_t t1) {
 // The states n, n + 1, ... (kCount of them) of every tile over one chunk: recompute, sweep, sum over the lanes.
 template <class T, bool kVariesB, bool kVariesC, int kCount>
 void backward_pass(ScanTask<T>& k, Gradients<T>& g, int d, int64_t chunk, int64_t t0, int steps, int64_t n, const Run* runs, int count,
-                   Ahead& ahead) {
+                   const bool* safe_tiles, Ahead& ahead) {
   constexpr int W = kLanes<T>, kRow = kCount * W;
   const size_t pass_bytes = sizeof(T) * size_t(steps) * kRow;
   if (kVariesB) memset(g.pass_dB, 0, pass_bytes);
   if (kVariesC) memset(g.pass_dC, 0, pass_bytes);
   for (int64_t tile = 0; tile < k.tiles; ++tile) {
     const bool whole = k.valid(tile) == W;
-    ahead.fetch();
     T* dB = kVariesB ? (whole ? g.pass_dB : g.tile_dB) : k.state(g.dB[d], tile, n);
     T* dC = kVariesC ? (whole ? g.pass_dC : g.tile_dC) : k.state(g.dC[d], tile, n);
     if (kVariesB && !whole) memset(dB, 0, pass_bytes);
@@ -160,27 +163,26 @@ void backward_pass(ScanTask<T>& k, Gradients<T>& g, int d, int64_t chunk, int64_
     T *dh = k.state(g.dh, tile, n), *dA = k.state(g.dA[d], tile, n);
     alignas(64) T h[kRow];
     memcpy(h, k.kept(k.a.direction[d].states, chunk, tile) + n * W, sizeof h);
-    int begin[kChunk];  // run r's decays start at step begin[r] in scan order, its states r slots later
-    const Range<T> range(k.rows_delta(d).at(tile, t0), steps);
-    with_safe<T>(range.is_safe(A2, kCount), [&](auto safe) {
+    const char* const* lines = ahead.next();
+    with_safe<T>(safe_tiles[tile], [&](auto safe) {
       with_bool(k.a.dz || k.a.out, [&](auto with_y) {
-        int done = 0;
-        for (int r = 0; r < count; ++r) {
+        for (int r = 0; r < count; ++r) {  // decays of run r start at its first step, its states r slots later
+          const int begin = runs[r].begin;
           if (runs[r].fresh) memset(h, 0, sizeof h);
-          begin[r] = done;
           recompute_steps<T, kCount, kVariesB, kVariesC, decltype(safe)::value, decltype(with_y)::value>(
-              k.steps(d, tile, t0, n, runs[r]), A, A2, h, k.y.at(tile, t0 + runs[r].offset), g.decays + done * kRow,
-              g.states + (done + r) * kRow);
-          done += runs[r].count;
+              k.steps(d, tile, t0, n, runs[r], lines + begin), A, A2, h, k.y.at(tile, t0 + runs[r].offset), g.decays + begin * kRow,
+              g.states + (begin + r) * kRow);
         }
       });
     });
+    lines = ahead.next();
     for (int r = count - 1; r >= 0; --r) {
+      const int begin = runs[r].begin;
       const int64_t at = (tile * kChunk + runs[r].offset) * W;
-      const Sweep<T> sweep{g.dy.at(tile, t0 + runs[r].offset), g.dx + at, g.ddecay + at, g.decays + begin[r] * kRow,
-                           g.states + (begin[r] + r) * kRow, dB + (kVariesB ? begin[r] * kRow : 0),
-                           dC + (kVariesC ? begin[r] * kRow : 0), dh, dA};
-      sweep_steps<T, kCount, kVariesB, kVariesC>(k.steps(d, tile, t0, n, runs[r]), sweep, A);
+      const Sweep<T> sweep{g.dy.at(tile, t0 + runs[r].offset), g.dx + at, g.ddecay + at, g.decays + begin * kRow,
+                           g.states + (begin + r) * kRow, dB + (kVariesB ? begin * kRow : 0), dC + (kVariesC ? begin * kRow : 0), dh, dA,
+                           n == 0};
+      sweep_steps<T, kCount, kVariesB, kVariesC>(k.steps(d, tile, t0, n, runs[r], lines + begin), sweep, A);
       if (runs[r].fresh) memset(dh, 0, sizeof(T) * kRow);
     }
     if (kVariesB && !whole) add_valid_lanes(g.pass_dB, dB, int64_t(steps) * kCount, k.valid(tile));
@@ -252,18 +254,21 @@ void backward_direction(ScanTask<T>& k, Gradients<T>& g, int d, const Partials<T
     if (with_y) k.begin_y(d, k.all(), t0, t1);
     if (d == 0) begin_dy(k, g, t0, t1);
     k.load_coefficients(d, t0, t1);
-    Ahead ahead = k.ahead(k.all());
+    Ahead ahead;
+    auto soon = [&](const Tensor& t, int64_t chunk_of) { k.add_ahead(ahead, t, k.all(), chunk_of); };
     const int64_t next = dir.reverse ? chunk + 1 : chunk - 1;
-    k.add_inputs(ahead, d, next);
-    if (d == 0) ahead.add(k.a.dout, k.batch, next), ahead.add(k.a.z, k.batch, next);
-    if (last || k.separate_u) ahead.add(k.a.direction[k.separate_u ? d : 0].du, k.batch, chunk);
-    if (last || k.separate_delta) ahead.add(k.a.direction[k.separate_delta ? d : 0].ddelta, k.batch, chunk);
-    if (last) ahead.add(k.a.dz, k.batch, chunk), ahead.add(k.a.out, k.batch, chunk);
+    k.add_inputs_ahead(ahead, d, k.all(), next);
+    if (d == 0) soon(k.a.dout, next), soon(k.a.z, next);
+    if (last || k.separate_u) soon(k.a.direction[k.separate_u ? d : 0].du, chunk);
+    if (last || k.separate_delta) soon(k.a.direction[k.separate_delta ? d : 0].ddelta, chunk);
+    if (last) soon(k.a.dz, chunk), soon(k.a.out, chunk);
+    ahead.begin(k.tiles * passes_of(p.dstate) * 2);
     const int count = find_runs(k.a.seq_idx, k.batch, t0, t1, p.seqlen, dir.reverse, runs);
-    memset(g.dx, 0, sizeof(T) * size_t(k.tiles) * kChunk * kLanes<T>);
-    memset(g.ddecay, 0, sizeof(T) * size_t(k.tiles) * kChunk * kLanes<T>);
+    bool safe[kMaxBlockTiles];
+    for (int64_t tile = 0; tile < k.tiles; ++tile)
+      safe[tile] = is_safe(k.rows_delta(d).at(tile, t0), t1 - t0, k.state(k.A2[d], tile, 0), p.dstate);
     for_states(p.dstate, [&](int64_t n, auto states) {
-      backward_pass<T, kVariesB, kVariesC, decltype(states)::value>(k, g, d, chunk, t0, int(t1 - t0), n, runs, count, ahead);
+      backward_pass<T, kVariesB, kVariesC, decltype(states)::value>(k, g, d, chunk, t0, int(t1 - t0), n, runs, count, safe, ahead);
     });
     if (kVariesB && partials.dB[d]) add_chunk(k, dir.reverse, t0, t1, g.chunk_dB, partials.dB[d]);
     if (kVariesC && partials.dC[d]) add_chunk(k, dir.reverse, t0, t1, g.chunk_dC, partials.dC[d]);

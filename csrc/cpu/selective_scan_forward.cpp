@@ -47,22 +47,24 @@ void forward_direction(ScanTask<T>& k, int d) {
       k.load_inputs(d, part, t0, t1);
       k.begin_y(d, part, t0, t1);
       const bool turn = part.end() == k.tiles;
-      const int64_t next = turn ? (dir.reverse ? chunk - 1 : chunk + 1) : chunk;
-      Ahead ahead = k.ahead({turn ? 0 : part.end(), step});
-      k.add_inputs(ahead, d, next);
-      if (last) ahead.add(k.a.z, k.batch, next), ahead.add(k.a.out, k.batch, next);
+      const Tiles next_part{turn ? 0 : part.end(), step};
+      const int64_t next_chunk = turn ? (dir.reverse ? chunk - 1 : chunk + 1) : chunk;
+      Ahead ahead;
+      k.add_inputs_ahead(ahead, d, next_part, next_chunk);
+      if (last) k.add_ahead(ahead, k.a.z, next_part, next_chunk), k.add_ahead(ahead, k.a.out, next_part, next_chunk);
+      ahead.begin(step * passes_of(p.dstate));
       for (int64_t tile = part.first; tile < part.end(); ++tile) {
         if (dir.states) memcpy(k.kept(dir.states, chunk, tile), k.state(k.h, tile, 0), size_t(p.dstate) * W * sizeof(T));
-        const Range<T> range(k.rows_delta(d).at(tile, t0), t1 - t0);
+        const bool safe_tile = is_safe(k.rows_delta(d).at(tile, t0), t1 - t0, k.state(k.A2[d], tile, 0), p.dstate);
         for_states(p.dstate, [&](int64_t n, auto states) {
           constexpr int N = decltype(states)::value;
           const T *A = k.state(k.A[d], tile, n), *A2 = k.state(k.A2[d], tile, n);
           T* h = k.state(k.h, tile, n);
-          ahead.fetch();
-          with_safe<T>(range.is_safe(A2, N), [&](auto safe) {
+          const char* const* lines = ahead.next();
+          with_safe<T>(safe_tile, [&](auto safe) {
             for (int r = 0; r < count; ++r) {
               if (runs[r].fresh) memset(h, 0, sizeof(T) * W * N);
-              scan_steps<T, N, kVariesB, kVariesC, decltype(safe)::value>(k.steps(d, tile, t0, n, runs[r]), A, A2, h,
+              scan_steps<T, N, kVariesB, kVariesC, decltype(safe)::value>(k.steps(d, tile, t0, n, runs[r], lines + runs[r].begin), A, A2, h,
                                                                           k.y.at(tile, t0 + runs[r].offset));
             }
           });

@@ -221,19 +221,27 @@ inline vf log1p_nonnegative(vf e) {
   vf scale;
   memcpy(&scale, &scale_bits, sizeof scale);
   const vf f = e * scale + (scale - 1.0f);
-  const vf q = -0.5f + f * (0.33333394f + f * (-0.25000247f + f * (0.199939f + f * (-0.16644402f + f * (0.14426741f +
-               f * (-0.1314556f + f * (0.10750065f + f * -0.04858353f)))))));
-  return f + f * f * q + __builtin_convertvector(k, vf) * kLn2;
+  // Neighbours first: a third of the latency of one sum after the other.
+  const vf f2 = f * f, f4 = f2 * f2;
+  const vf low = (-0.5f + f * 0.33333394f) + f2 * (-0.25000247f + f * 0.199939f);
+  const vf high = (-0.16644402f + f * 0.14426741f) + f2 * (-0.1314556f + f * 0.10750065f) + f4 * -0.04858353f;
+  return f + f2 * (low + f4 * high) + __builtin_convertvector(k, vf) * kLn2;
 }
 inline vd log1p_nonnegative(vd e) {
   for (int i = 0; i < kLanes<double>; ++i) e[i] = __builtin_log1p(e[i]);
   return e;
 }
 
-// Identity above 20, as in torch and mamba_ssm.
+// Identity above 20, as in torch and mamba_ssm. The second form gives the derivative as well.
 template <class V>
 inline V softplus(V x) {
   return select(x > 20, x, log1p_nonnegative(exp(x)));
+}
+template <class V>
+inline V softplus(V x, V* derivative) {
+  const V e = exp(x);
+  *derivative = select(x > 20, V{} + 1, e / (1 + e));
+  return select(x > 20, x, log1p_nonnegative(e));
 }
 template <class V>
 inline V sigmoid(V x) {

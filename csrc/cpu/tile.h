@@ -302,21 +302,13 @@ inline void store_block(const Plane& p, int64_t channel, int64_t channels, int64
   }
 }
 
-// Asks for a block's memory ahead of its use: for part `part` of `parts` of its rows.
-// (A function of nothing but __builtin_prefetch counts as one without effect: GCC drops its calls.)
-inline void prefetch_block(const Plane& p, int64_t channel, int64_t channels, int64_t time, int64_t steps, int part, int parts) {
-  const bool by_time = p.channel_stride == 1;
-  const int64_t rows = by_time ? steps : channels, row_bytes = (by_time ? channels : steps) * item_size(p.dtype);
-  const int64_t pitch = (by_time ? p.time_stride : p.channel_stride) * item_size(p.dtype);
-  for (int64_t r = rows * part / parts; r < rows * (part + 1) / parts; ++r) {
-    const char* row = p.at(channel, time) + r * pitch;
-    for (const char* line = row - (reinterpret_cast<uintptr_t>(row) & 63); line < row + row_bytes; line += 64)
+// Asks for memory ahead of its use. (GCC takes a function of nothing but __builtin_prefetch for one without effect, and drops its calls.)
+inline void prefetch_line(const char* p) {
 #if defined(__x86_64__)
-      asm volatile("prefetcht1 %0" ::"m"(*line));
+  asm volatile("prefetcht1 %0" ::"m"(*p));
 #else
-      __builtin_prefetch(line, 0, 2);
+  __builtin_prefetch(p, 0, 2);
 #endif
-  }
 }
 
 // One value per channel, from a (dim) tensor.
