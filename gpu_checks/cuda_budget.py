@@ -141,6 +141,12 @@ def kernel_names(module_file: str) -> dict[int, str]:
     return dict(zip((int(s[0], 16) for s in symbols), demangled(s[2] for s in symbols), strict=True))
 
 
+def whole_scan_inputs(*sizes: int, **options: Any) -> dict[str, Any]:
+    """Inputs with the states of B and C next to each other, as a projection leaves them: where sizes fit, kernels for `Whole` run."""
+    inputs = scan_inputs(*sizes, **{"channels_last": True, **options})
+    return {k: v.mT.contiguous().mT if k in ("B", "C") else v for k, v in inputs.items()}
+
+
 def cases() -> list[tuple[Any, dict[str, Any]]]:
     """(op, inputs) that together launch every kernel there is; see the test."""
     found: list[tuple[Any, dict[str, Any]]] = []
@@ -154,6 +160,8 @@ def cases() -> list[tuple[Any, dict[str, Any]]]:
             for constant in ("", "BC"):
                 inputs = scan_inputs(1, 4, 4, dstate, dtype=dtype, constant=constant)
                 found += [(selective_scan, inputs), (bidirectional_selective_scan, inputs)]
+        for dstate in (8, 16):
+            found.append((bidirectional_selective_scan, whole_scan_inputs(1, 16, 32, dstate, dtype=dtype)))
     return found
 
 

@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gpu_checks.cuda_budget import write_docs
+from gpu_checks.cuda_budget import whole_scan_inputs, write_docs
 from gpu_checks.emulator.backend import emulated
 from gpu_checks.emulator.build import ROOT
 from pixelbytes_kernels import bidirectional_selective_scan, causal_conv1d, pxby_embed, selective_scan
-from pixelbytes_kernels.testing import conv_inputs, embed_inputs, error, scan_inputs
+from pixelbytes_kernels.testing import conv_inputs, embed_inputs, error
 
 CSV = ROOT / "gpu_checks" / "counts.csv"
 COLUMNS = ("backend", "op", "part", "dtype", "dstate", "seqlen", "instructions", "bytes", "source")
@@ -50,9 +50,7 @@ def cases() -> list[Case]:
     found = []
     for op in (selective_scan, bidirectional_selective_scan):
         for seqlen, dim, dtype in ((256, 32, torch.float32), (1024, 32, torch.float32), (256, 32, torch.float16)):
-            inputs = scan_inputs(1, dim, seqlen, 16, channels_last=True, dtype=dtype)
-            for name in ("B", "C"):
-                inputs[name] = inputs[name].transpose(1, 2).contiguous().transpose(1, 2)
+            inputs = whole_scan_inputs(1, dim, seqlen, 16, dtype=dtype)
             found.append(Case(op, inputs, {}, dtype, 16, (1, dim, seqlen)))
     for dtype in (torch.float32, torch.float16):
         conv = conv_inputs(1, 64, 512, 4, channels_last=True, dtype=dtype)

@@ -208,3 +208,56 @@ def test_empty_tensors():
             got = run(selective_scan, inputs, return_last_state=True, backend="cuda")
         assert got["out0"].shape == (batch, dim, seqlen)
         assert torch.equal(got["out1"], inputs["initial_state"])
+
+
+# Kernels for `Whole`: an even and an odd number of chunks, rows that wait in registers and longer ones, one and both directions.
+def whole(dim, seqlen, dstate, **options):
+    """Every packet whole, and the states of B and C next to each other."""
+    inputs = scan_inputs(2, dim, seqlen, dstate, **options)
+    return {k: v.mT.contiguous().mT if k.startswith(("B", "C")) else v for k, v in inputs.items()}
+
+
+@layouts
+@pytest.mark.parametrize(
+    ("dim", "seqlen", "dstate"), [(16, 16, 16), (32, 48, 16), (16, 96, 8), (16, 256, 16), (16, 288, 8), (16, 352, 16)]
+)
+def test_whole_both_directions(dim, seqlen, dstate, channels_last):
+    check_both(whole(dim, seqlen, dstate, channels_last=channels_last))
+
+
+@both_ways
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_whole_one_direction(reverse, dtype):
+    check([whole(16, 80, 16, dtype=dtype, initial_state=True, seed=s) for s in range(3)], reverse=reverse)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("own", [("A", "D"), ("delta", "delta_bias"), ("u",), OWN], ids=lambda names: "-".join(names))
+def test_whole_with_own_tensors(own, dtype):
+    drawn = [[whole(16, 64, 16, dtype=dtype, channels_last=True, seed=s) for s in (k, k + 9)] for k in range(3)]
+    check_both([both(inputs, own, other) for inputs, other in drawn])
+
+
+@pytest.mark.parametrize("seqlen", [64, 80])
+def test_whole_in_every_thread_order(seqlen):
+    run_in_every_order(bidirectional_selective_scan, whole(16, seqlen, 16))
+
+
+@pytest.mark.parametrize("backwards", [False, True], ids=["forward", "backward"])
+def test_whole_rows_are_read_once(backwards):
+    """A row of 256 moves 20 and 44 bytes an element, one that is cut short by a step the 32 and 68 of the general kernel."""
+    moved = {}
+    for seqlen in (256, 255):
+        inputs = whole(16, seqlen, 16, channels_last=True)
+        with emulated() as module:
+            leaves = [v.requires_grad_() for v in inputs.values() if isinstance(v, torch.Tensor)]
+            module.emulator_reset_counts()
+            out = bidirectional_selective_scan(**inputs, backend="cuda")
+            if backwards:
+                module.emulator_reset_counts()
+                torch.autograd.grad(out, leaves, torch.ones_like(out))
+            rows = module.emulator_counts()
+        shapes = ((2, 16, seqlen), (2, seqlen, 16))
+        moved[seqlen] = sum(r + w for _, shape, _, r, w in rows if shape in shapes) / (2 * 16 * seqlen)
+    assert moved[256] == (44 if backwards else 20)
+    assert moved[255] > (60 if backwards else 30)

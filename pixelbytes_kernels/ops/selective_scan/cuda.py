@@ -85,6 +85,13 @@ def forward(
     return out, last_state, states
 
 
+def in_layout_of(u: Tensor, dout: Tensor) -> Tensor:
+    """`dout` with the fast axis of u: the kernels read all tensors along one axis, and another one's elements one by one."""
+    if (u.stride(2) == 1) == (dout.stride(2) == 1) or u.shape[1] == 1 or u.shape[2] == 1:
+        return dout
+    return torch.empty_like(u, dtype=dout.dtype).copy_(dout)
+
+
 def as_int32(seq_idx: Tensor | None) -> Tensor | None:
     return None if seq_idx is None else seq_idx.to(torch.int32).contiguous()
 
@@ -161,7 +168,7 @@ def backward(
             grads[7] = dinitial = torch.empty_like(flat[7], dtype=torch.float32, memory_format=torch.contiguous_format)
         dlast = fp32(dlast_state) if i == 0 else None
         packed.append((d.reverse, *d.tensors, None, states[i], dlast, *results, dinitial))
-    rest = (options.scale, options.delta_softplus, within_reach(dout), dz, out)
+    rest = (options.scale, options.delta_softplus, within_reach(in_layout_of(u, dout)), dz, out)
     cuda.scan_backward(*where(u), packed, within_reach(z), as_int32(seq_idx), *rest)
 
     for owner, rooms in parts.items():
