@@ -6,9 +6,9 @@
 namespace pixelbytes {
 namespace {
 
-constexpr int64_t kMaxBlockTiles = 8;  // sharing B, C and the lane sums of dB, dC between more tiles gains little
-constexpr int64_t kMaxRowSteps = 2048;  // of all tiles of a block: whole rows, which two directions keep, should stay in the L2 cache
-constexpr int64_t kWantedTasks = 4;    // so that a batch of one keeps several threads busy
+constexpr int64_t kMaxBlockTiles = 8;   // sharing B, C and the lane sums of dB, dC between more tiles gains little
+constexpr int64_t kMaxRowSteps = 4096;  // of all tiles of a block: the whole rows that two directions keep fill about the L2 cache
+constexpr int64_t kWantedTasks = 4;     // so that a batch of one keeps several threads busy
 
 // How a scan is cut into tasks: a pure function of the sizes, so that the order of every sum is too.
 struct Plan {
@@ -262,8 +262,15 @@ struct ScanTask {
     if (varies(&ScanDirection::B, d)) B = load_coefficient(source(&ScanDirection::B, d), B_scratch, &pitch_B, t0, t1);
     if (varies(&ScanDirection::C, d)) C = load_coefficient(source(&ScanDirection::C, d), C_scratch, &pitch_C, t0, t1);
   }
+  Plane coefficient_plane(const Tensor& t) const { return {t.at(batch, group), t.dtype, t.stride[2], t.stride[3]}; }
+  void add_coefficients_ahead(Ahead& ahead, int d, int64_t chunk) const {
+    if (chunk < 0 || chunk >= p.chunks) return;
+    Tensor ScanDirection::*members[] = {&ScanDirection::B, &ScanDirection::C};
+    for (auto member : members)
+      if (varies(member, d)) ahead.add(coefficient_plane(source(member, d)), 0, p.dstate, chunk * kChunk, p.end_of(chunk) - chunk * kChunk);
+  }
   const T* load_coefficient(const Tensor& t, T* to, int64_t* pitch, int64_t t0, int64_t t1) const {
-    const Plane from{t.data + (batch * t.stride[0] + group * t.stride[1]) * item_size(t.dtype), t.dtype, t.stride[2], t.stride[3]};
+    const Plane from = coefficient_plane(t);
     if (t.dtype == (sizeof(T) == 8 ? DType::f64 : DType::f32) && t.stride[2] == 1) {
       *pitch = t.stride[3];
       return reinterpret_cast<const T*>(from.at(0, t0));

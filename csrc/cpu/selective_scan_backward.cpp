@@ -262,6 +262,7 @@ void backward_direction(ScanTask<T>& k, Gradients<T>& g, int d, const Partials<T
     if (last || k.separate_u) soon(k.a.direction[k.separate_u ? d : 0].du, chunk);
     if (last || k.separate_delta) soon(k.a.direction[k.separate_delta ? d : 0].ddelta, chunk);
     if (last) soon(k.a.dz, chunk), soon(k.a.out, chunk);
+    k.add_coefficients_ahead(ahead, d, next);
     ahead.begin(k.tiles * passes_of(p.dstate) * 2);
     const int count = find_runs(k.a.seq_idx, k.batch, t0, t1, p.seqlen, dir.reverse, runs);
     bool safe[kMaxBlockTiles];

@@ -52,6 +52,7 @@ void forward_direction(ScanTask<T>& k, int d) {
       Ahead ahead;
       k.add_inputs_ahead(ahead, d, next_part, next_chunk);
       if (last) k.add_ahead(ahead, k.a.z, next_part, next_chunk), k.add_ahead(ahead, k.a.out, next_part, next_chunk);
+      if (turn) k.add_coefficients_ahead(ahead, d, next_chunk);
       ahead.begin(step * passes_of(p.dstate));
       for (int64_t tile = part.first; tile < part.end(); ++tile) {
         if (dir.states) memcpy(k.kept(dir.states, chunk, tile), k.state(k.h, tile, 0), size_t(p.dstate) * W * sizeof(T));
