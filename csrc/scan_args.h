@@ -26,6 +26,7 @@ struct ScanArgs {
   Tensor out;              // (batch, dim, seqlen); in the backward: the output once more, or null
   Tensor partial;          // GPU, forward, or null: what the direction that comes first leaves for the other; `out` where null
   Tensor dout, dz;         // backward only
+  int64_t stretch = 0;     // GPU: steps of the stretches of time that run side by side; 0: all of a row one after the other
   double scale = 1.0;      // out = scale * (sum over directions) * silu(z)
   bool delta_softplus = false;
   bool use_double = false; // compute type fp64 instead of fp32 (CPU only)

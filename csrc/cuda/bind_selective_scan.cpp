@@ -13,15 +13,15 @@ void bind_selective_scan(py::module_& m) {
     return py::make_tuple(s.dstate_padded, s.tile_forward, s.tile_backward);
   });
   m.def("scan_forward", [](int device, uintptr_t stream, const py::list& directions, Tensor z, Tensor seq_idx, double scale,
-                           bool delta_softplus, Tensor out, Tensor partial) {
+                           bool delta_softplus, int64_t stretch, Tensor out, Tensor partial) {
     ScanArgs a = scan_args(directions, z, seq_idx, scale, delta_softplus);
-    a.out = out, a.partial = partial;
+    a.stretch = stretch, a.out = out, a.partial = partial;
     run(selective_scan_forward, device, stream, a);
   });
   m.def("scan_backward", [](int device, uintptr_t stream, const py::list& directions, Tensor z, Tensor seq_idx, double scale,
-                            bool delta_softplus, Tensor dout, Tensor dz, Tensor out) {
+                            bool delta_softplus, int64_t stretch, Tensor dout, Tensor dz, Tensor out) {
     ScanArgs a = scan_args(directions, z, seq_idx, scale, delta_softplus);
-    a.dout = dout, a.dz = dz, a.out = out;
+    a.stretch = stretch, a.dout = dout, a.dz = dz, a.out = out;
     run(selective_scan_backward, device, stream, a);
   });
 }

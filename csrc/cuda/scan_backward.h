@@ -140,7 +140,7 @@ struct Walk {
     for (int k = thread; k < kTasks; k += S::threads) {
       const int four = k % kFours, c = k / kFours;
       if (c >= tile.count) break;
-      float* const place = gradient + (int64_t(tile.batch) * p.dim + tile.first + c) * S::dstate + 4 * four;
+      float* const place = gradient + tile.row(p, c) * S::dstate + 4 * four;
       float sum[4];
       load_many<4>(place, sum);
       for (int j = 0; j < count; ++j) {
@@ -287,14 +287,13 @@ __global__ void __launch_bounds__(2 * S::threads, kResidentThreads<S, M> / (2 * 
   float* const own_dy = at_offset<float>(shared, base + int(offsetof(SharedBackward<S>, dy)) + channel * 4);
 
   const bool active = M::whole || channel < tile.count;
-  const int64_t row = int64_t(tile.batch) * p.dim + tile.first + channel;  // of (batch, dim)
   float A[S::states], g[S::states], dA[S::states];  // g: a_{t+1} g_{t+1}
 #pragma unroll
   for (int i = 0; i < S::states; ++i) {
     const int n = part * S::states + i;
     const bool real = M::whole || (active && n < p.dstate);
     A[i] = real ? kLog2e * load_value_readonly(d.A + int64_t(tile.first + channel) * p.dstate + n) : 0.0f;
-    g[i] = real && d.dlast_state ? load_value_readonly(d.dlast_state + row * p.dstate + n) : 0.0f;
+    g[i] = real && d.dlast_state ? load_value_readonly(d.dlast_state + tile.row(p, channel) * p.dstate + n) : 0.0f;
     dA[i] = 0.0f;
   }
   if (thread < S::channels)
@@ -304,8 +303,8 @@ __global__ void __launch_bounds__(2 * S::threads, kResidentThreads<S, M> / (2 * 
   float dD = 0.0f, dbias = 0.0f;
 
   const bool wants_y = p.dz || p.out;
-  const int chunks = ceil_div(p.seqlen, kChunk);
-  const auto chunk_at = [&](int visit) { return Chunk::at<S, M>(reverse ? visit : chunks - 1 - visit, p.seqlen); };
+  const int chunks = ceil_div(Tile::end(p) - Tile::begin(p), kChunk);
+  const auto chunk_at = [&](int visit) { return Chunk::at<S, M>(reverse ? visit : chunks - 1 - visit, p); };
   const Chunk first_chunk = chunk_at(0);
   const Start<S, M> start{tile, first_chunk, reverse ? 1 : -1};
   auto u = start.of(d.u, elements), delta = start.of(d.delta, elements), dout = start.of(p.dout, elements), z = start.of(p.z, elements);
@@ -314,6 +313,7 @@ __global__ void __launch_bounds__(2 * S::threads, kResidentThreads<S, M> / (2 * 
   auto& out = M::whole ? y_share : apart;  // there they are the same, if there is an `out`
   auto B = start.of(d.B, coefficient_elements, p.dstate), C = start.of(d.C, coefficient_elements, p.dstate);
 
+  if (M::whole) du.onward = u.onward, ddelta.onward = delta.onward, dz.onward = z.onward;  // saves registers
   const SumTask<S> sum_task(thread, shared, base);
   const int by_group = (reverse ? -1 : 1) * kGroup * S::dstate;
   const auto last_sums = [&](float* gradient) {  // Whole: this thread's of the last group of the chunk that is visited first
@@ -374,7 +374,7 @@ __global__ void __launch_bounds__(2 * S::threads, kResidentThreads<S, M> / (2 * 
     }
     float h[S::states];
     if (active) {
-      const float* stored = d.states + (int64_t(chunk.index) * p.batch * p.dim + row) * S::dstate + part * S::states;
+      const float* stored = d.states + (int64_t(chunk.first / kChunk) * p.batch * p.dim + tile.row_of_batch(p, channel)) * S::dstate + part * S::states;
       load_many<S::states>(stored, h);
     } else {
 #pragma unroll
@@ -475,6 +475,7 @@ __global__ void __launch_bounds__(2 * S::threads, kResidentThreads<S, M> / (2 * 
     B.advance(), C.advance();
   }
 
+  const int64_t row = tile.row(p, channel);
 #pragma unroll
   for (int i = 0; i < S::states; ++i) {
     const int n = part * S::states + i;
@@ -492,7 +493,7 @@ __global__ void __launch_bounds__(2 * S::threads, kResidentThreads<S, M> / (2 * 
 template <class S, class M>
 struct Backward {
   static const char* run(const Launch& at, const ScanParams& p, int blocks) {
-    return launch("selective_scan_backward", scan_backward<S, M>, dim3(unsigned(blocks)), dim3(unsigned(p.directions * S::threads)),
+    return launch("selective_scan_backward", scan_backward<S, M>, dim3(unsigned(blocks), unsigned(ceil_div(p.seqlen, p.stretch))), dim3(unsigned(p.directions * S::threads)),
                   sizeof(SharedBackward<S>) * size_t(p.directions), at, p);
   }
 };

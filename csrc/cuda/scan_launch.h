@@ -100,6 +100,7 @@ inline ScanParams scan_params(const ScanArgs& args) {
     d.dA = results(own.dA), d.dB = results(own.dB), d.dC = results(own.dC);
     d.dD = results(own.dD), d.ddelta_bias = results(own.ddelta_bias), d.dinitial_state = results(own.dinitial_state);
   }
+  p.stretch = args.stretch ? int(args.stretch) : p.seqlen;
   p.z = plane_of(args.z), p.out = plane_of(args.out), p.partial = args.partial ? plane_of(args.partial) : p.out;
   p.dout = plane_of(args.dout), p.dz = plane_of(args.dz);
   if (p.dz && !p.out) p.partial = p.dz;
@@ -118,17 +119,17 @@ inline ScanParams scan_params(const ScanArgs& args) {
   return p;
 }
 
-// Whether a kernel for Whole<T> may run, see there.
+// Whether a kernel for Whole<T> may run, see there. A gradient is to have the steps of its tensor.
 template <class S>
 bool is_whole(const ScanParams& p, DType dtype) {
   const auto fits = [&](const Plane& t) { return !t || (t.packed && t.dtype == dtype); };
   bool whole = p.seqlen % S::steps == 0 && p.dim / p.groups % S::channels == 0 && p.dstate == S::dstate && !p.seq_idx;
-  whole = whole && (!p.out || p.partial.data == p.out.data);
+  whole = whole && (!p.out || p.partial.data == p.out.data) && (!p.dz || p.dz.step == p.z.step);
   for (const Plane* t : {&p.z, &p.out, &p.dout, &p.dz, &p.partial}) whole = whole && fits(*t);
   for (int i = 0; i < p.directions; ++i) {
     const Direction& d = p.direction[i];
     for (const Plane* t : {&d.u, &d.delta, &d.du, &d.ddelta}) whole = whole && fits(*t);
-    whole = whole && fits(d.B) && fits(d.C);
+    whole = whole && fits(d.B) && fits(d.C) && (!d.du || d.du.step == d.u.step) && (!d.ddelta || d.ddelta.step == d.delta.step);
   }
   return whole;
 }

@@ -53,6 +53,7 @@ struct ScanParams {
   Plane partial;  // where the direction that comes first leaves its y
   const int* seq_idx = nullptr;
   int directions = 1, batch = 0, dim = 0, seqlen = 0, dstate = 0;
+  int stretch = 0;  // steps that a block walks
   int groups = 1, tiles = 1;  // tiles of a group
   int time_fast = 0;          // neighbouring threads load neighbouring steps, not channels
   int state_fast = 0;         // ... neighbouring states of B and C, not steps
@@ -62,7 +63,7 @@ struct ScanParams {
 };
 
 // What a kernel may rely on. Any: nothing. Whole: every float tensor is of type T, every chunk and tile is full, every packet one access, and no
-// state restarts; so a kernel for it has no branches on these.
+// state restarts; a gradient has the steps of its tensor. So a kernel for it has no branches on these.
 struct Any {
   static constexpr bool whole = false;
   using word = uint32_t;
@@ -88,18 +89,25 @@ struct Tile {
     t.count = min(S::channels, in_group - t.index * S::channels);
     return t;
   }
+  // Its stretch of time, formed where it is wanted: registers.
+  static __device__ int begin(const ScanParams& p) { return int(blockIdx.y) * p.stretch; }
+  static __device__ int end(const ScanParams& p) { return min(begin(p) + p.stretch, p.seqlen); }
+  // Of (stretch and batch, dim), as sums and carried states have it; row_of_batch: of (batch, dim).
+  __device__ int64_t row(const ScanParams& p, int channel) const { return row_of_batch(p, channel) + int64_t(blockIdx.y) * p.batch * p.dim; }
+  __device__ int64_t row_of_batch(const ScanParams& p, int channel) const { return int64_t(batch) * p.dim + first + channel; }
 };
 
 // A stretch of time: steps first .. first + count.
 struct Chunk {
-  int index, first, count;
+  int first, count;
   bool whole;
 
+  // Number `index` of the block's stretch.
   template <class S, class M>
-  static __device__ Chunk at(int index, int seqlen) {
-    const int first = index * S::steps, left = seqlen - first;
-    if (M::whole) return {index, first, S::steps, true};
-    return {index, first, min(S::steps, left), left >= S::steps};
+  static __device__ Chunk at(int index, const ScanParams& p) {
+    const int first = Tile::begin(p) + index * S::steps, left = Tile::end(p) - first;
+    if (M::whole) return {first, S::steps, true};
+    return {first, min(S::steps, left), left >= S::steps};
   }
 };
 

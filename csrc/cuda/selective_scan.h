@@ -19,6 +19,9 @@ struct ScanShape {
 // padded with zeros: (batch, groups, seqlen, dstate_padded), or (dim, dstate_padded) where constant.
 ScanShape scan_shape(int dstate, bool direct);
 
+// With a `stretch` of steps, a multiple of kChunk, every stretch of a row is a row of its own: initial_state, last_state, dlast_state and
+// dinitial_state have an axis (stretch) before the others, and where it says (batch) below it is (stretch and batch).
+//
 // A, D, delta_bias, initial_state, last_state, dlast_state: contiguous fp32. seq_idx: contiguous int32. states (chunk, batch, dim,
 // dstate_padded). Addends of gradients, contiguous fp32, to be summed over the first axis or axes that the gradient lacks: dA (batch, dim, dstate);
 // dB, dC (tile of the group, batch, groups, seqlen, dstate_padded), where constant zeros of (batch, dim, dstate_padded); dD, ddelta_bias

@@ -94,14 +94,13 @@ __global__ void __launch_bounds__(2 * S::threads, kResidentForward<S, M> / (2 * 
   const CoefficientElements<S> coefficient_elements(thread, p.state_fast);
   const Coefficients<S> coefficients(d, tile, channel, part, rows);
   const bool active = M::whole || channel < tile.count;
-  const int64_t row = int64_t(tile.batch) * p.dim + tile.first + channel;  // of (batch, dim)
   float A[S::states], h[S::states];
 #pragma unroll
   for (int i = 0; i < S::states; ++i) {
     const int n = part * S::states + i;
     const bool real = M::whole || (active && n < p.dstate);
     A[i] = real ? kLog2e * load_value_readonly(d.A + int64_t(tile.first + channel) * p.dstate + n) : 0.0f;
-    h[i] = real && d.initial_state ? load_value_readonly(d.initial_state + row * p.dstate + n) : 0.0f;
+    h[i] = real && d.initial_state ? load_value_readonly(d.initial_state + tile.row(p, channel) * p.dstate + n) : 0.0f;
   }
   if (!M::whole && thread < S::channels) {
     const bool real = thread < tile.count;
@@ -122,8 +121,8 @@ __global__ void __launch_bounds__(2 * S::threads, kResidentForward<S, M> / (2 * 
   const auto D = [&](int i) { return M::whole ? held_D[i] : own.D[elements.k_of(i)]; };
   const auto bias = [&](int i) { return M::whole ? held_bias[i] : own.delta_bias[elements.k_of(i)]; };
 
-  const int chunks = ceil_div(p.seqlen, S::steps);
-  const auto chunk_at = [&](int visit) { return Chunk::at<S, M>(reverse ? chunks - 1 - visit : visit, p.seqlen); };
+  const int chunks = ceil_div(Tile::end(p) - Tile::begin(p), S::steps);
+  const auto chunk_at = [&](int visit) { return Chunk::at<S, M>(reverse ? chunks - 1 - visit : visit, p); };
   const Chunk first_chunk = chunk_at(0);
   const Start<S, M> walk{tile, first_chunk, reverse ? -1 : 1};
   auto u = walk.of(d.u, elements), delta = walk.of(d.delta, elements), z = walk.of(p.z, elements), out = walk.of(p.out, elements);
@@ -163,7 +162,7 @@ __global__ void __launch_bounds__(2 * S::threads, kResidentForward<S, M> / (2 * 
   constexpr int kStretch = kChunk / S::steps;
   const int odd = reverse ? chunks % kStretch : 0;
   const bool stores = d.states && active;
-  float* stored = d.states + (int64_t(first_chunk.first / kChunk) * p.batch * p.dim + row) * S::dstate + part * S::states;
+  float* stored = d.states + (int64_t(first_chunk.first / kChunk) * p.batch * p.dim + tile.row_of_batch(p, channel)) * S::dstate + part * S::states;
 
 #pragma unroll 1
   for (int visit = 0; visit < chunks; ++visit) {
@@ -287,7 +286,7 @@ __global__ void __launch_bounds__(2 * S::threads, kResidentForward<S, M> / (2 * 
 #pragma unroll
     for (int i = 0; i < S::states; ++i) {
       const int n = part * S::states + i;
-      if (n < p.dstate) store_value(d.last_state + row * p.dstate + n, h[i]);
+      if (n < p.dstate) store_value(d.last_state + tile.row(p, channel) * p.dstate + n, h[i]);
     }
   }
 }
@@ -295,7 +294,7 @@ __global__ void __launch_bounds__(2 * S::threads, kResidentForward<S, M> / (2 * 
 template <class S, class M>
 struct Forward {
   static const char* run(const Launch& at, const ScanParams& p, int blocks) {
-    return launch("selective_scan_forward", scan_forward<S, M>, dim3(unsigned(blocks)), dim3(unsigned(p.directions * S::threads)),
+    return launch("selective_scan_forward", scan_forward<S, M>, dim3(unsigned(blocks), unsigned(ceil_div(p.seqlen, p.stretch))), dim3(unsigned(p.directions * S::threads)),
                   sizeof(SharedForward<S>) * size_t(p.directions), at, p);
   }
 };

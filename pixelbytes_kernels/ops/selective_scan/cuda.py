@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..._cuda_launch import extension, fp32, where
+from ..._cuda_launch import extension, fp32, multiprocessors, where
 from .autograd import Direction, Options, states_size, tensors_of, with_own_delta
+from .stretches import carried, shares_left, stretch_steps
 
 
 def states_shape(batch: int, groups: int, dim: int, seqlen: int, dstate: int, dtype: torch.dtype) -> tuple[int, ...]:
@@ -58,6 +59,16 @@ def as_read(directions: Sequence[Direction], direct: bool, padded: int) -> list[
     ]
 
 
+def stretch(directions: Sequence[Direction], seq_idx: Tensor | None, tile: int) -> int:
+    """Steps of the stretches that rows are cut into, 0 where they are not. Where states restart, a share that is left is not what it says."""
+    first = directions[0]
+    assert first.u is not None
+    batch, dim, seqlen = first.u.shape
+    groups = max((t.shape[1] for d in directions for t in (d.B, d.C) if t is not None and t.ndim == 4), default=1)
+    blocks = batch * groups * -(-(dim // groups) // tile)
+    return 0 if seq_idx is not None else stretch_steps(blocks, seqlen, multiprocessors(first.u), extension().chunk)
+
+
 def forward(
     directions: tuple[Direction, ...], z: Tensor | None, seq_idx: Tensor | None, options: Options, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,17 +83,39 @@ def forward(
         last_state = last_state.zero_() if first.initial_state is None else last_state.copy_(first.initial_state)
         return out.zero_(), last_state, states
     cuda, direct = extension(), is_direct(directions)
-    packed = [
-        (d.reverse, *d.tensors, last_state if i == 0 else None, states[i] if keep else None)
-        for i, d in enumerate(as_read(directions, direct, cuda.scan_shape(first.A.shape[1], direct)[0]))
-    ]
+    padded, tile, _ = cuda.scan_shape(first.A.shape[1], direct)
+    read = as_read(directions, direct, padded)
     # The direction that comes first to a chunk leaves its share in `out`, unless that would round it more than once.
     rounds = len(directions) == 2 and out.dtype.itemsize < u.dtype.itemsize
     partial = torch.empty_like(out, dtype=torch.float32) if rounds else None
-    cuda.scan_forward(
-        *where(u), packed, within_reach(z), as_int32(seq_idx), options.scale, options.delta_softplus, out, partial
-    )
-    return out, last_state, states
+    steps = stretch(directions, seq_idx, tile)
+
+    def scan(starts: Sequence[Tensor | None], ends: Sequence[Tensor | None], keep: bool) -> None:
+        packed = [
+            (d.reverse, *d.tensors[:7], start, end, states[i] if keep else None)
+            for i, (d, start, end) in enumerate(zip(read, starts, ends, strict=True))
+        ]
+        more = (within_reach(z), as_int32(seq_idx), options.scale, options.delta_softplus, steps, out, partial)
+        cuda.scan_forward(*where(u), packed, *more)
+
+    initial = [d.initial_state for d in read]
+    if steps == 0:
+        scan(initial, [last_state, None][: len(read)], keep)
+        return out, last_state, states
+    ends = [last_state.new_empty(-(-u.shape[2] // steps), *last_state.shape) for _ in read]
+    starts = [torch.zeros_like(end) for end in ends]
+    for d, start, own in zip(read, starts, initial, strict=True):
+        if own is not None:
+            start[-1 if d.reverse else 0] = own
+    scan(starts, ends, False)
+    shares = shares_left(read, options.delta_softplus, steps)
+    found = [carried(*of) for of in zip(ends, shares, (d.reverse for d in read), initial, strict=True)]
+    scan(found, ends, keep)
+    return out, ends[0][0 if first.reverse else -1].contiguous(), states
+
+
+def as_int32(seq_idx: Tensor | None) -> Tensor | None:
+    return None if seq_idx is None else seq_idx.to(torch.int32).contiguous()
 
 
 def in_layout_of(u: Tensor, dout: Tensor) -> Tensor:
@@ -90,10 +123,6 @@ def in_layout_of(u: Tensor, dout: Tensor) -> Tensor:
     if (u.stride(2) == 1) == (dout.stride(2) == 1) or u.shape[1] == 1 or u.shape[2] == 1:
         return dout
     return torch.empty_like(u, dtype=dout.dtype).copy_(dout)
-
-
-def as_int32(seq_idx: Tensor | None) -> Tensor | None:
-    return None if seq_idx is None else seq_idx.to(torch.int32).contiguous()
 
 
 def backward(
@@ -127,9 +156,11 @@ def backward(
         return empty, dz, out
 
     cuda, direct = extension(), is_direct(directions)
-    padded, _, tile = cuda.scan_shape(dstate, direct)
+    padded, tile_forward, tile = cuda.scan_shape(dstate, direct)
     read = as_read(directions, direct, padded)
     own_delta = read[-1].delta is not None  # also where a lent delta got a bias of its own
+    steps = stretch(directions, seq_idx, tile_forward)
+    stretches = -(-seqlen // steps) if steps else 1
 
     def shared(i: int, k: int) -> bool:
         return i == 1 and flat[8 + k] is None
@@ -141,8 +172,8 @@ def backward(
             tiles = -(-(dim // groups) // tile)
             return u.new_empty((tiles, batch, groups, seqlen, padded), dtype=torch.float32)
         if k in (3, 4):  # B or C, constant in time: the kernel adds to it
-            return u.new_zeros((batch, dim, padded), dtype=torch.float32)
-        return u.new_empty((batch, *t.shape), dtype=torch.float32)
+            return u.new_zeros((stretches * batch, dim, padded), dtype=torch.float32)
+        return u.new_empty((stretches * batch, *t.shape), dtype=torch.float32)
 
     grads: list[Tensor | None] = [None] * len(flat)
     parts: dict[int, list[Tensor]] = {}  # by the index of the tensor in `flat`
@@ -165,11 +196,30 @@ def backward(
                 parts.setdefault(owner, []).append(results[-1])  # type: ignore[arg-type]
         dinitial = None
         if i == 0 and flat[7] is not None and needs[7]:
-            grads[7] = dinitial = torch.empty_like(flat[7], dtype=torch.float32, memory_format=torch.contiguous_format)
+            dinitial = u.new_empty((stretches, *flat[7].shape), dtype=torch.float32)
+            grads[7] = dinitial[-1 if d.reverse else 0]
         dlast = fp32(dlast_state) if i == 0 else None
-        packed.append((d.reverse, *d.tensors, None, states[i], dlast, *results, dinitial))
-    rest = (options.scale, options.delta_softplus, within_reach(in_layout_of(u, dout)), dz, out)
-    cuda.scan_backward(*where(u), packed, within_reach(z), as_int32(seq_idx), *rest)
+        packed.append(((d.reverse, *d.tensors, None, states[i]), dlast, (*results, dinitial)))
+    dout = within_reach(in_layout_of(u, dout))  # type: ignore[assignment]
+
+    def scan(directions: list[tuple[object, ...]], dz: Tensor | None, out: Tensor | None) -> None:
+        rest = (options.scale, options.delta_softplus, steps, dout, dz, out)
+        cuda.scan_backward(*where(u), directions, within_reach(z), as_int32(seq_idx), *rest)
+
+    ends = [dlast for _, dlast, _ in packed]
+    if steps:
+        # The gradient of the state is carried from stretch to stretch against the walk.
+        reached = [u.new_empty((stretches, batch, dim, dstate), dtype=torch.float32) for _ in packed]
+        zeros = [torch.zeros_like(t) for t in reached]
+        for d, zero, dlast in zip(read, zeros, ends, strict=True):
+            if dlast is not None:
+                zero[0 if d.reverse else -1] = dlast
+        alone = [(*of, z0, *[None] * 7, to) for (of, _, _), z0, to in zip(packed, zeros, reached, strict=True)]
+        scan(alone, None, None)
+        shares = shares_left(read, options.delta_softplus, steps)
+        backwards = [not d.reverse for d in read]
+        ends = [carried(*of) for of in zip(reached, shares, backwards, ends, strict=True)]
+    scan([(*of, end, *results) for (of, _, results), end in zip(packed, ends, strict=True)], dz, out)
 
     for owner, rooms in parts.items():
         t = flat[owner]
