@@ -144,7 +144,8 @@ struct ScanTask {
   static int64_t bytes(const ScanArgs& a, const Plan& p) {
     const int64_t row = Rows<T>::size(p.block_tiles, a.directions == 2 && p.seqlen > kChunk ? p.seqlen : kChunk);
     const int64_t states = p.block_tiles * p.dstate * W;
-    return (row * (1 + 2 * a.directions) + p.block_tiles * kChunk * W + states * 7 + p.block_tiles * W * 2 + 2 * kChunk * p.dstate) * int64_t(sizeof(T)) + 16 * 128;
+    return (row * (1 + 2 * a.directions) + p.block_tiles * kChunk * W + states * 7 + p.block_tiles * W * 2 +
+            2 * kChunk * p.dstate) * int64_t(sizeof(T)) + 16 * 128;
   }
 
   ScanTask(const ScanArgs& args, const Plan& plan, int64_t task, Scratch& scratch) : a(args), p(plan) {
