@@ -3,8 +3,8 @@
 // A block: see scan_tile.h; a direction visits its chunks from its last to its first. From the state stored at a chunk's entry it computes
 // the chunk's states once, keeping one in kGroup (in local memory, which stays in L1), and then, group by group from the last, once more with every state kept,
 // before the adjoint g_t = C_t dy_t + a_{t+1} g_{t+1} walks back. dB_t = sum of dt u g and dC_t = sum of dy h run over the channels of the
-// tile, through shared memory: one addend a tile, no atomics. Shared memory per direction: planes (step, channel) of step size, u and dy,
-// which the results ddelta, du and y replace; the staged B and C; the states of a group: 6,528 + 4,608 + 4,096 bytes at dstate 16.
+// tile, through shared memory: one addend a tile, no atomics. Shared memory per direction: planes of step size, u and dy, which the results
+// ddelta, du and y replace; the staged B and C; the states of a group: 6,528 + 4,608 + 4,096 bytes at dstate 16.
 // Deterministic: fixed order of all sums.
 #pragma once
 #include "scan_launch.h"

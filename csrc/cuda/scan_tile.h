@@ -1,8 +1,9 @@
 // Shared by both passes of the scan: parameters of a kernel, the tile of a block, staging.
 //
-// A block owns one batch row and a tile of neighbouring channels. Half of its threads walk time upwards, the other half downwards (or there
-// is one half only), a chunk of `steps` at a time. Each channel's states are spread over `lanes` threads of a warp. The two halves
-// meet in the middle: whichever comes first to a chunk leaves its share of a result in global memory, the other adds its own.
+// A block owns one batch row, or a stretch of its time, and a tile of neighbouring channels. Half of its threads walk time upwards, the other half
+// downwards (or there is one half only), a chunk of `steps` at a time. Each channel's states are spread over `lanes` threads of a warp. The two
+// halves meet in the middle: whichever comes first to a chunk leaves its share of a result, near the middle in registers, else in global memory; the
+// other adds its own.
 #pragma once
 #include "device.h"
 #include "selective_scan.h"

@@ -1,7 +1,7 @@
 // The scan's forward.
 //
 // A block: see scan_tile.h. Shared memory per direction: a plane (step, channel) of the pairs (dt, dt u), where y replaces the second, and the
-// staged B and C of the chunk: 16 * 17 * 8 + 16 * 36 * 4 + 128 = 4,608 bytes at dstate 16. Deterministic: fixed order of all sums.
+// staged B and C of the chunk: 16 * 17 * 8 + 16 * 36 * 4 + 144 = 4,624 bytes at dstate 16. Deterministic: fixed order of all sums.
 #include "scan_launch.h"
 #include "scan_tile.h"
 

@@ -60,7 +60,7 @@ def as_read(directions: Sequence[Direction], direct: bool, padded: int) -> list[
 
 
 def stretch(directions: Sequence[Direction], seq_idx: Tensor | None, tile: int) -> int:
-    """Steps of the stretches that rows are cut into, 0 where they are not. Where states restart, a share that is left is not what it says."""
+    """Steps of the stretches that rows are cut into; 0: they are not, nor where states restart, since shares are not seen there."""
     first = directions[0]
     assert first.u is not None
     batch, dim, seqlen = first.u.shape
@@ -202,7 +202,7 @@ def backward(
         packed.append(((d.reverse, *d.tensors, None, states[i]), dlast, (*results, dinitial)))
     dout = within_reach(in_layout_of(u, dout))  # type: ignore[assignment]
 
-    def scan(directions: list[tuple[object, ...]], dz: Tensor | None, out: Tensor | None) -> None:
+    def scan(directions: Sequence[tuple[object, ...]], dz: Tensor | None, out: Tensor | None) -> None:
         rest = (options.scale, options.delta_softplus, steps, dout, dz, out)
         cuda.scan_backward(*where(u), directions, within_reach(z), as_int32(seq_idx), *rest)
 

@@ -55,6 +55,8 @@ def carried(reached: Tensor, shares: Tensor, downwards: bool, first: Tensor | No
     starts[before] = 0 if first is None else first
     for stretch in order[1:]:
         # The share of `first` is in `reached` already.
-        starts[stretch] = reached[before] if before == order[0] else torch.addcmul(reached[before], shares[before], starts[before])
+        starts[stretch] = (
+            reached[before] if before == order[0] else torch.addcmul(reached[before], shares[before], starts[before])
+        )
         before = stretch
     return starts
