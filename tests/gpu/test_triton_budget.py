@@ -1,8 +1,9 @@
 """Triton kernels compiled ahead of time, without a GPU, against gpu_checks/budgets/triton.csv.
 
 The budget lists every configuration that the choosing functions can return, for three architectures, with a fingerprint of its source,
-types and options: it must be of the kernels as they are, and no row may spill. Compiling all of them takes six minutes of one core, so it is done
-when a kernel changes (`python -m gpu_checks.triton_budget --write`); here one in `EVERY` is compiled once more, which must give the recorded row.
+types and options: it must be of the kernels as they are, and no row may spill. Compiling all of them takes six minutes of one core, so
+that is done when a kernel changes (`python -m gpu_checks.triton_budget --write`); here one in `EVERY` is compiled once more, and must
+give the recorded row.
 """
 
 from __future__ import annotations
