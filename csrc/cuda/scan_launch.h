@@ -65,10 +65,10 @@ inline bool is_direct(const ScanArgs& args) {
   return direct;
 }
 
-// Whether the strides that a kernel keeps in 32 bits fit, also those of a chunk in bytes; a negative one would do, but torch has none.
+// Whether the strides that a kernel keeps in 32 bits fit, that of time also as bytes of a chunk; a negative one would do, but torch has none.
 inline bool strides_fit(const Tensor& t) {
   for (int i = t.ndim == 3 ? 1 : 2; i < t.ndim; ++i)
-    if (t.stride[i] > INT_MAX / (4 * kChunk)) return false;
+    if (t.stride[i] > (i == t.ndim - 1 ? INT_MAX / (4 * kChunk) : INT_MAX)) return false;
   return true;
 }
 inline bool strides_fit(const ScanArgs& args) {
@@ -143,7 +143,7 @@ const char* launch_scan(const Launch& at, const ScanArgs& args) {
     p.tiles = ceil_div(p.dim / p.groups, S::channels);
     const int64_t blocks = int64_t(p.batch) * p.groups * p.tiles;
     const auto run = [&]() -> const char* {
-      if (!strides_fit(args)) return "selective_scan: a stride of 2^24 elements or more; make the tensor contiguous";
+      if (!strides_fit(args)) return "selective_scan: a stride of 2^24 elements or more in time, or of 2^31; make the tensor contiguous";
       if (blocks > INT_MAX) return "selective_scan: too many channels for one launch";
       if constexpr (S::staged && S::dstate <= 16) {
         if (is_whole<S>(p, DType::f32)) return Kernel<S, Whole<float>>::run(at, p, int(blocks));

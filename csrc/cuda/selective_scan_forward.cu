@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(2 * S::threads, kResidentForward<S, M> / (2 * 
   const int channel = thread / S::lanes, part = thread % S::lanes;
   const Tile tile = Tile::of<S>(p);
   const Direction& d = p.direction[side];
-  const bool reverse = d.reverse, two = p.directions == 2, softplus_delta = p.softplus;
+  const bool reverse = d.reverse, two = p.directions == 2;
   SharedForward<S>* const shared = shared_memory<SharedForward<S>>();
   SharedForward<S>& own = shared[side];
   float2* const plane = at_offset<float2>(shared, side * int(sizeof own) + channel * int(sizeof(float2)));
@@ -158,9 +158,9 @@ __global__ void __launch_bounds__(2 * S::threads, kResidentForward<S, M> / (2 * 
   };
   start(0);
 
-  // The state is stored where a stretch of kChunk steps begins; a downward walk may meet a shorter one first.
-  constexpr int kStretch = kChunk / S::steps;
-  const int odd = reverse ? chunks % kStretch : 0;
+  // The state is stored every kChunk steps; a downward walk may begin with fewer.
+  constexpr int kVisits = kChunk / S::steps;
+  const int odd = reverse ? chunks % kVisits : 0;
   const bool stores = d.states && active;
   float* stored = d.states + (int64_t(first_chunk.first / kChunk) * p.batch * p.dim + tile.row_of_batch(p, channel)) * S::dstate + part * S::states;
 
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(2 * S::threads, kResidentForward<S, M> / (2 * 
       delta.open(raw_delta, dt);
 #pragma unroll
       for (int i = 0; i < Part::count; ++i) dt[i] += bias(i);
-      if (softplus_delta) {
+      if (p.softplus) {
 #pragma unroll
         for (int i = 0; i < Part::count; ++i) dt[i] = softplus(dt[i]);
       }
@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(2 * S::threads, kResidentForward<S, M> / (2 * 
     Raw<Part, M> raw_z = {};
     if (kEarly && z && !comes_first) z.load(chunk, raw_z);
     if (visit + 1 < chunks) start(visit + 1);
-    if (stores && (visit % kStretch == odd || visit == 0)) {
+    if (stores && (visit % kVisits == odd || visit == 0)) {
       store_many<S::states>(stored, h);
       stored += (reverse ? -1 : 1) * int64_t(p.batch) * p.dim * S::dstate;
     }

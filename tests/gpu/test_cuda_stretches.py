@@ -88,6 +88,17 @@ def test_options(options):
     )
 
 
+def test_every_row_of_a_batch_has_its_own_states():
+    check(
+        selective_scan,
+        selective_scan_ref,
+        scan_inputs(2, 3, LONG, 4, initial_state=True),
+        reverse=True,
+        return_last_state=True,
+    )
+    check(bidirectional_selective_scan, bidirectional_selective_scan_ref, scan_inputs(2, 3, LONG, 4, constant="B"))
+
+
 def test_packed_rows_stay_whole():
     """A share of a state that restarts is not what the steps say."""
     check(bidirectional_selective_scan, bidirectional_selective_scan_ref, scan_inputs(1, 2, LONG, 4, seq_idx=True))

@@ -28,8 +28,8 @@ def is_direct(directions: Sequence[Direction]) -> bool:
 
 
 def within_reach(t: Tensor | None) -> Tensor | None:
-    """The kernels keep strides of single axes in 32 bits; memory that is spread wider is gathered."""
-    return t.contiguous() if t is not None and max(t.stride()[1:], default=0) >= 2**24 else t
+    """The kernels keep strides in 32 bits, that of time for a chunk in bytes; memory that is spread wider is gathered."""
+    return t.contiguous() if t is not None and (t.stride(-1) >= 2**24 or max(t.stride()[1:]) >= 2**31) else t
 
 
 def as_read(directions: Sequence[Direction], direct: bool, padded: int) -> list[Direction]:

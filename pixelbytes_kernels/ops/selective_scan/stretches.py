@@ -15,8 +15,10 @@ from torch import Tensor
 from .autograd import Direction
 
 BLOCKS = 3  # that a multiprocessor holds at once: see docs/gpu.md
-LEAST_STEPS = 128  # of a stretch: below, launches and carried states cost more than is gained
-LEAST_STRETCHES = 4  # twice the work wants clearly more than twice the blocks
+# Estimates, which nobody has timed: below this many steps a stretch is taken to cost more in launches and carried states than it gains, and
+# twice the work to want clearly more than twice the blocks.
+LEAST_STEPS = 128
+LEAST_STRETCHES = 4
 
 
 def stretch_steps(blocks: int, seqlen: int, multiprocessors: int, chunk: int) -> int:
