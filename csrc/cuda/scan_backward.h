@@ -70,6 +70,12 @@ struct SumTask {
         states(at_offset<float>(shared, base + int(offsetof(SharedBackward<S>, states)) + ((j * S::channels + share) * S::dstate + 4 * four) * 4)),
         inputs(at_offset<float2>(shared, base + (j * S::pitch + share) * 8)),
         dy(at_offset<float>(shared, base + int(offsetof(SharedBackward<S>, dy)) + (j * S::pitch + share) * 4)) {}
+
+  // Where its sums of a step go.
+  __device__ float* sums_at(const ScanParams& p, const Tile& tile, float* gradient, int time) const {
+    const int64_t row = ((int64_t(tile.index) * p.batch + tile.batch) * p.groups + tile.group) * p.seqlen + time;
+    return gradient + row * S::dstate + 4 * four + (scatters ? share : 0);
+  }
 };
 
 // One chunk: forwards for the states, then back.
@@ -114,7 +120,7 @@ struct Walk {
           for (int n = 0; n < 4; ++n) sum[n] = i ? fmaf(f, v[n], sum[n]) : f * v[n];
         }
       }
-      float* const to = M::whole ? here + round * Task::j_by * S::dstate * (d.reverse ? -1 : 1) : sums_at(gradient, first + j);
+      float* const to = M::whole ? here + round * Task::j_by * S::dstate * (d.reverse ? -1 : 1) : task.sums_at(p, tile, gradient, time_of(first + j));
       if constexpr (Task::scatters) {
         const float total = sum_to_lane<Task::kSplit, Task::kFours>(sum, task.share);
         if ((Task::kSplit == 4 || task.share < 4) && (M::whole || j < count)) store_value(to, total);
@@ -125,12 +131,6 @@ struct Walk {
       }
     }
     if (M::whole) here -= by_group;
-  }
-
-  // Where this thread's sums of a step go.
-  __device__ float* sums_at(float* gradient, int place) const {
-    const int64_t row = ((int64_t(tile.index) * p.batch + tile.batch) * p.groups + tile.group) * p.seqlen + time_of(place);
-    return gradient + row * S::dstate + 4 * task.four + (SumTask<S>::scatters ? task.share : 0);
   }
 
   // The same for a coefficient that is constant in time: sums over the steps of a group, added to what earlier groups left.
@@ -318,8 +318,7 @@ __global__ void __launch_bounds__(2 * S::threads, kResidentThreads<S, M> / (2 * 
   const int by_group = (reverse ? -1 : 1) * kGroup * S::dstate;
   const auto last_sums = [&](float* gradient) {  // Whole: this thread's of the last group of the chunk that is visited first
     const int place = kChunk - kGroup + sum_task.j, time = first_chunk.first + (reverse ? kChunk - 1 - place : place);
-    const int64_t at = ((int64_t(tile.index) * p.batch + tile.batch) * p.groups + tile.group) * p.seqlen + time;
-    return gradient + at * S::dstate + 4 * sum_task.four + (SumTask<S>::scatters ? sum_task.share : 0);
+    return sum_task.sums_at(p, tile, gradient, time);
   };
   float *dB_here = M::whole ? last_sums(d.dB) : nullptr, *dC_here = M::whole ? last_sums(d.dC) : nullptr;
 
