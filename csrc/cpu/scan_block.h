@@ -94,35 +94,33 @@ inline void for_states(int64_t dstate, F&& f) {
   for (; n < dstate; ++n) f(n, ConstantInt<1>{});
 }
 
-// Memory that is needed soon: some lines of it for every stretch of the recurrence, a line a step.
-class Ahead {
+// Planes of memory that are needed soon, dealt out to the passes of the recurrence, which ask for some lines every step.
+class AheadList {
  public:
   void add(const Plane& p, int64_t channel, int64_t channels, int64_t time, int64_t steps) {
     const bool by_time = p.channel_stride == 1;
     const int64_t rows = by_time ? steps : channels, pitch = (by_time ? p.time_stride : p.channel_stride) * item_size(p.dtype);
-    const char* row = p.at(channel, time);
-    const int64_t columns = (line_offset(row) + (by_time ? channels : steps) * item_size(p.dtype) + 63) / 64;
-    if (count_ + rows * columns > kMaxLines) return;
-    row -= line_offset(row);
-    for (int64_t r = 0; r < rows; ++r, row += pitch)
-      for (int64_t c = 0; c < columns; ++c) lines_[count_++] = row + c * 64;
+    const char* begin = p.at(channel, time);
+    const char* end = begin + (by_time ? channels : steps) * item_size(p.dtype);
+    for (begin -= reinterpret_cast<uintptr_t>(begin) & 63; begin < end; begin += 2 * 64) add(begin, rows, pitch);
   }
-  void begin(int64_t stretches) {
-    each_ = (count_ + stretches - 1) / stretches;
-    for (int i = 0; i < kChunk; ++i) lines_[count_ + i] = reinterpret_cast<const char*>(lines_);
+  void add(const char* begin, int64_t rows, int64_t pitch) {
+    for (int64_t row = 0; row < rows && count_ < kMax; row += kChunk) all_[count_++] = {begin + row * pitch, pitch};
   }
-  // kChunk lines for the next stretch; if it takes more, the others are asked for now.
-  const char* const* next() {
-    const char* const* lines = lines_ + at_;
-    for (int64_t i = kChunk; i < each_ && at_ + i < count_; ++i) prefetch_line(lines[i]);
-    at_ = at_ + each_ < count_ ? at_ + each_ : count_;
-    return lines;
+  void deal(int64_t passes) { each_ = (count_ + passes - 1) / passes; }
+  // What the next pass asks for; if it takes more, the others are asked for now.
+  Ahead next() {
+    if (at_ >= count_) return {reinterpret_cast<const char*>(this), 0};
+    const Ahead first = all_[at_];
+    const int64_t end = at_ + each_ < count_ ? at_ + each_ : count_;
+    while (++at_ < end)
+      for (int i = 0; i < kChunk; ++i) prefetch_lines(all_[at_].line + i * all_[at_].pitch);
+    return first;
   }
 
  private:
-  static constexpr int64_t kMaxLines = 8 * kMaxBlockTiles * 16 * 3;
-  static int64_t line_offset(const char* p) { return int64_t(reinterpret_cast<uintptr_t>(p) & 63); }
-  const char* lines_[kMaxLines + kChunk];
+  static constexpr int64_t kMax = 128;
+  Ahead all_[kMax];
   int64_t count_ = 0, at_ = 0, each_ = 0;
 };
 
@@ -190,18 +188,15 @@ struct ScanTask {
   }
 
   void load_parameters() {
-    for (int d = 0; d < a.directions; ++d)
+    for (int d = 0; d < a.directions; ++d) {
+      const ScanDirection& dir = a.direction[d];
+      if (dir.A) load_constant(dir.A, A[d]);
       for (int64_t tile = 0; tile < tiles; ++tile) {
-        const ScanDirection& dir = a.direction[d];
         if (d == 0 || dir.D) store(D[d] + tile * W, dir.D ? load_channels<T>(dir.D, channel + tile * W, valid(tile)) : Vec<T>{});
         if (!dir.A) continue;
-        for (int64_t n = 0; n < p.dstate; ++n) {
-          Vec<T> v = {};
-          for (int c = 0; c < valid(tile); ++c) v[c] = load_element<T>(dir.A.at(channel + tile * W + c, n), dir.A.dtype);
-          store(state(A[d], tile, n), v);
-          store(state(A2[d], tile, n), v * T(1.4426950408889634));
-        }
+        for (int64_t n = 0; n < p.dstate; ++n) store(state(A2[d], tile, n), load(state(A[d], tile, n)) * T(1.4426950408889634));
       }
+    }
   }
 
   void begin_chunk(int d, int64_t t0) {
@@ -239,13 +234,19 @@ struct ScanTask {
       }
     }
   }
-  void add_ahead(Ahead& ahead, const Tensor& t, Tiles part, int64_t chunk) const {
+  void add_ahead(AheadList& ahead, const Tensor& t, Tiles part, int64_t chunk) const {
     if (!t || chunk < 0 || chunk >= p.chunks) return;
     ahead.add(plane(t, batch), channel + part.first * W, channels_of(part), chunk * kChunk, p.end_of(chunk) - chunk * kChunk);
   }
-  void add_inputs_ahead(Ahead& ahead, int d, Tiles part, int64_t chunk) const {
+  void add_inputs_ahead(AheadList& ahead, int d, Tiles part, int64_t chunk) const {
     if (d == 0 || separate_u) add_ahead(ahead, source(&ScanDirection::u, d), part, chunk);
     if (d == 0 || separate_delta) add_ahead(ahead, source(&ScanDirection::delta, d), part, chunk);
+  }
+
+  void add_kept_ahead(AheadList& ahead, const Tensor& states, Tiles part, int64_t chunk) const {
+    if (!states || chunk < 0 || chunk >= p.chunks) return;
+    const int64_t bytes = part.count * p.dstate * W * int64_t(sizeof(T));
+    ahead.add(reinterpret_cast<const char*>(kept(states, chunk, part.first)), (bytes + 127) / 128, 128);
   }
 
   // y's skip part: the first direction sets it, the second adds its own.
@@ -264,7 +265,7 @@ struct ScanTask {
     if (varies(&ScanDirection::C, d)) C = load_coefficient(source(&ScanDirection::C, d), C_scratch, &pitch_C, t0, t1);
   }
   Plane coefficient_plane(const Tensor& t) const { return {t.at(batch, group), t.dtype, t.stride[2], t.stride[3]}; }
-  void add_coefficients_ahead(Ahead& ahead, int d, int64_t chunk) const {
+  void add_coefficients_ahead(AheadList& ahead, int d, int64_t chunk) const {
     if (chunk < 0 || chunk >= p.chunks) return;
     Tensor ScanDirection::*members[] = {&ScanDirection::B, &ScanDirection::C};
     for (auto member : members)
@@ -289,37 +290,24 @@ struct ScanTask {
     if (!varies(&ScanDirection::B, d)) load_constant(source(&ScanDirection::B, d), B_scratch), B = B_scratch;
     if (!varies(&ScanDirection::C, d)) load_constant(source(&ScanDirection::C, d), C_scratch), C = C_scratch;
   }
+  // (dim, dstate) as (tile, state, lane): a plane whose time is the state.
   void load_constant(const Tensor& t, T* to) const {
-    for (int64_t tile = 0; tile < tiles; ++tile)
-      for (int64_t n = 0; n < p.dstate; ++n) {
-        Vec<T> v = {};
-        for (int c = 0; c < valid(tile); ++c) v[c] = load_element<T>(t.at(channel + tile * W + c, n), t.dtype);
-        store(state(to, tile, n), v);
-      }
+    load_block<T>({t.data, t.dtype, t.stride[0], t.stride[1]}, channel, channels, 0, p.dstate, {to, p.dstate * W, int(tiles)});
   }
-
   void load_states(const Tensor& from, T* to) const {  // (batch, dim, dstate), or zeros
-    for (int64_t tile = 0; tile < tiles; ++tile)
-      for (int64_t n = 0; n < p.dstate; ++n) {
-        Vec<T> v = {};
-        if (from)
-          for (int c = 0; c < valid(tile); ++c) v[c] = load_element<T>(from.at(batch, channel + tile * W + c, n), from.dtype);
-        store(state(to, tile, n), v);
-      }
+    if (from) load_block<T>(plane(from, batch), channel, channels, 0, p.dstate, {to, p.dstate * W, int(tiles)});
+    else memset(to, 0, size_t(tiles * p.dstate * W) * sizeof(T));
   }
-  void store_states(const Tensor& to, const T* from) const {
-    for (int64_t tile = 0; tile < tiles; ++tile)
-      for (int c = 0; c < valid(tile); ++c)
-        for (int64_t n = 0; n < p.dstate; ++n)
-          store_element<T>(to.at(batch, channel + tile * W + c, n), to.dtype, from[(tile * p.dstate + n) * W + c]);
+  void store_states(const Tensor& to, T* from) const {
+    store_block<T>(plane(to, batch), channel, channels, 0, p.dstate, {from, p.dstate * W, int(tiles)});
   }
 
   // Where the inner loops start for states n, n + 1, ... of a tile and a run of the chunk at t0.
-  Steps<T> steps(int d, int64_t tile, int64_t t0, int64_t n, const Run& run, const char* const* lines) {
+  Steps<T> steps(int d, int64_t tile, int64_t t0, int64_t n, const Run& run, Ahead ahead) {
     const T* at_B = B + (varies(&ScanDirection::B, d) ? run.offset * pitch_B + n : (tile * p.dstate + n) * W);
     const T* at_C = C + (varies(&ScanDirection::C, d) ? run.offset * pitch_C + n : (tile * p.dstate + n) * W);
     return {run.count, a.direction[d].reverse ? -1 : 1, rows_u(d).at(tile, t0 + run.offset), rows_delta(d).at(tile, t0 + run.offset),
-            at_B, at_C, pitch_B, pitch_C, lines};
+            at_B, at_C, pitch_B, pitch_C, {ahead.line + run.begin * ahead.pitch, ahead.pitch}};
   }
 };
 

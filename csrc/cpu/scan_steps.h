@@ -19,6 +19,12 @@ inline Vec<T> coefficient(const T* p, int k) {
   else return load(p + k * kLanes<T>);
 }
 
+// Memory that is needed soon: two cache lines a step, so that the recurrence hides the wait.
+struct Ahead {
+  const char* line = nullptr;
+  int64_t pitch = 0;
+};
+
 template <class T>
 struct Steps {  // a run of `count` steps; pointers stand at its first one
   int count;
@@ -26,7 +32,7 @@ struct Steps {  // a run of `count` steps; pointers stand at its first one
   const T *u, *delta;                 // (time, lane)
   const T *B, *C;                     // see coefficient()
   int64_t pitch_B, pitch_C;           // from one time step to the next, where they vary
-  const char* const* ahead;           // a cache line a step that will be needed soon: the recurrence leaves the memory alone
+  Ahead ahead;
 };
 
 // y += C h along the run; h is updated. A2 = A log2(e). kSafe: see exp2_product.
@@ -40,8 +46,9 @@ inline void scan_steps(const Steps<T>& s, const T* A, const T* A2, T* h_io, T* y
     if constexpr (!kSafe) low[k] = log2e_remainder<T>(load(A + k * W), a[k]);
   }
   const T *u = s.u, *delta = s.delta, *B = s.B, *C = s.C;
+  const char* ahead = s.ahead.line;
   for (int i = 0; i < s.count; ++i) {
-    prefetch_line(s.ahead[i]);
+    prefetch_lines(ahead), ahead += s.ahead.pitch;
     const Vec<T> d = load(delta), x = d * load(u);
     Vec<T> sum = load(y);
 #pragma GCC unroll 4
@@ -69,9 +76,10 @@ inline void recompute_steps(const Steps<T>& s, const T* A, const T* A2, T* h_io,
     store(states + k * W, h[k]);
   }
   const T *u = s.u, *delta = s.delta, *B = s.B, *C = s.C;
+  const char* ahead = s.ahead.line;
   for (int i = 0; i < s.count; ++i) {
     states += kCount * W;
-    prefetch_line(s.ahead[i]);
+    prefetch_lines(ahead), ahead += s.ahead.pitch;
     const Vec<T> d = load(delta), x = d * load(u);
     Vec<T> sum = kNeedY ? load(y) : Vec<T>{};
 #pragma GCC unroll 4
@@ -94,14 +102,23 @@ struct Sweep {  // gradients of one run, walked from its last step to its first
   const T* dy;                       // (time, lane)
   T *dx, *ddelta;                    // (time, lane): of delta * u, and of delta through the decay; added to, or set in the `first` pass
   const T *decays, *states;          // of recompute_steps, at the run's first step
-  T *dB, *dC;                        // varying: (step, state, lane) at the run's first step; constant: (state, lane); added to
+  T* sums;                           // (step, kSums * lane) at the run's first step: dC and dB where they vary, see fold_lanes; added to
+  T *dB, *dC;                        // (state, lane) where they are constant; added to
   T *dh, *dA;                        // (state, lane): carried gradient of the state, gradient of A; in and out
+  int valid;                         // lanes that are channels: in the others a NaN or infinity of B or C may have met a zero
   bool first;
 };
 
+// Of a pass over kCount states: how many gradients of coefficients a step has, and the vectors that hold them.
 template <class T, int kCount, bool kVariesB, bool kVariesC>
+struct StepSums {
+  static constexpr int kValues = kCount * (int(kVariesB) + int(kVariesC)), kVectors = kValues > kLanes<T> ? kValues / kLanes<T> : 1;
+};
+
+template <class T, int kCount, bool kVariesB, bool kVariesC, bool kWhole>
 inline void sweep_steps(const Steps<T>& s, const Sweep<T>& g, const T* A) {
   constexpr int W = kLanes<T>;
+  using Sums = StepSums<T, kCount, kVariesB, kVariesC>;
   const int last = s.count - 1;
   const bool first = g.first;
   const int64_t step = s.direction * W, step_B = kVariesB ? s.direction * s.pitch_B : 0, step_C = kVariesC ? s.direction * s.pitch_C : 0;
@@ -109,32 +126,42 @@ inline void sweep_steps(const Steps<T>& s, const Sweep<T>& g, const T* A) {
   T *dx = g.dx + last * step, *ddelta = g.ddelta + last * step;
   const T *B = s.B + last * step_B, *C = s.C + last * step_C;
   const T *decays = g.decays + last * kCount * W, *states = g.states + last * kCount * W;
-  T *dB = g.dB + (kVariesB ? last * kCount * W : 0), *dC = g.dC + (kVariesC ? last * kCount * W : 0);
-  Vec<T> dh[kCount], dA[kCount], h[kCount];  // h: the state after the present step
+  T* sums = g.sums + last * Sums::kVectors * W;
+  const char* ahead = s.ahead.line;
+  const Mask<T> valid = lane_index<T>() < splat(T(g.valid));
+  Vec<T> a[kCount], dh[kCount], dA[kCount], h[kCount];  // h: the state after the present step
   for (int k = 0; k < kCount; ++k) {
-    dh[k] = load(g.dh + k * W), dA[k] = load(g.dA + k * W), h[k] = load(states + (kCount + k) * W);
+    a[k] = load(A + k * W), dh[k] = load(g.dh + k * W), dA[k] = load(g.dA + k * W), h[k] = load(states + (kCount + k) * W);
   }
   for (int i = last; i >= 0; --i) {
-    prefetch_line(s.ahead[i]);
+    prefetch_lines(ahead), ahead += s.ahead.pitch;
     const Vec<T> d = load(delta), x = d * load(u), gy = load(dy);
     Vec<T> sum_x = first ? Vec<T>{} : load(dx), sum_delta = first ? Vec<T>{} : load(ddelta);
+    Vec<T> parts[Sums::kValues + 1];
 #pragma GCC unroll 4
     for (int k = 0; k < kCount; ++k) {
       dh[k] += coefficient<T, kVariesC>(C, k) * gy;
-      store(dC + k * W, load(dC + k * W) + gy * h[k]);
-      store(dB + k * W, load(dB + k * W) + x * dh[k]);
+      if constexpr (kVariesC) parts[k] = gy * h[k];
+      else store(g.dC + k * W, load(g.dC + k * W) + gy * h[k]);
+      if constexpr (kVariesB) parts[kVariesC * kCount + k] = x * dh[k];
+      else store(g.dB + k * W, load(g.dB + k * W) + x * dh[k]);
       sum_x += coefficient<T, kVariesB>(B, k) * dh[k];
       dh[k] *= load(decays + k * W);
       h[k] = load(states + k * W);
       const Vec<T> through_decay = dh[k] * h[k];
-      sum_delta += load(A + k * W) * through_decay;
+      sum_delta += a[k] * through_decay;
       dA[k] += d * through_decay;
     }
     store(dx, sum_x), store(ddelta, sum_delta);
+    if constexpr (Sums::kValues > 0) {
+      if constexpr (!kWhole)
+        for (int k = 0; k < Sums::kValues; ++k) parts[k] = select(valid, parts[k], Vec<T>{});
+      fold_lanes<T, Sums::kValues>(parts);
+#pragma GCC unroll 4
+      for (int k = 0; k < Sums::kVectors; ++k) store(sums + k * W, load(sums + k * W) + parts[k]);
+    }
     u -= step, delta -= step, dy -= step, dx -= step, ddelta -= step, B -= step_B, C -= step_C;
-    decays -= kCount * W, states -= kCount * W;
-    if constexpr (kVariesB) dB -= kCount * W;
-    if constexpr (kVariesC) dC -= kCount * W;
+    decays -= kCount * W, states -= kCount * W, sums -= Sums::kVectors * W;
   }
   for (int k = 0; k < kCount; ++k) store(g.dh + k * W, dh[k]), store(g.dA + k * W, dA[k]);
 }

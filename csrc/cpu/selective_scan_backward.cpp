@@ -1,8 +1,8 @@
 // selective_scan and bidirectional_selective_scan, gradients.
 //
 // Tasks as in the forward. Chunks are walked against the scan: the states of a chunk are recomputed from its stored entry state, then
-// swept from its last step to its first. dB and dC collect lane by lane over the tiles of a block and are summed once a chunk; what
-// is summed over blocks or batch rows goes to partial sums, added up in task order. No atomics, and nothing that depends on threads.
+// swept from its last step to its first. dB and dC are summed over the lanes step by step, and over the tiles of a block; what is
+// summed over blocks or batch rows goes to partial sums, added up in task order. No atomics, and nothing that depends on threads.
 #include "cpu/partial_sum.h"
 #include "cpu/scan_block.h"
 
@@ -24,13 +24,15 @@ struct Gradients {
   T *dh, *dA[2], *dB[2], *dC[2], *dD[2], *dbias[2];  // (tile, state, lane); the last two (tile, lane); dB, dC where constant
   T *dx, *ddecay;                                    // (tile, time in chunk, lane)
   T *decays, *states;                                // of one pass, see recompute_steps
-  T *pass_dB, *pass_dC, *tile_dB, *tile_dC;          // (step, state of the pass, lane)
-  T *chunk_dB, *chunk_dC;                            // (step, state)
+  T* sums;                                           // (pass, step, kMaxVectors * lane), see Sweep
+
+  static constexpr int64_t kMaxVectors = StepSums<T, kStates, true, true>::kVectors;
+  static int64_t sums_of(const Plan& p) { return passes_of(p.dstate) * kChunk * kMaxVectors * W; }
 
   static int64_t bytes(const ScanArgs& a, const Plan& p) {
     const int64_t row = Rows<T>::size(p.block_tiles, a.directions == 2 && p.seqlen > kChunk ? p.seqlen : kChunk);
     const int64_t states = p.block_tiles * p.dstate * W, pass = kChunk * kStates * W;
-    return (row * 7 + states * 7 + p.block_tiles * W * 4 + 2 * p.block_tiles * kChunk * W + pass * 7 + 2 * kChunk * p.dstate) *
+    return (row * 7 + states * 7 + p.block_tiles * W * 4 + 2 * p.block_tiles * kChunk * W + pass * 3 + sums_of(p)) *
                int64_t(sizeof(T)) + 32 * 128;
   }
 
@@ -62,12 +64,7 @@ struct Gradients {
     ddecay = scratch.take<T>(k.tiles * kChunk * W);
     decays = scratch.take<T>(pass);
     states = scratch.take<T>(2 * pass);  // every run has a state more than it has steps
-    pass_dB = scratch.take<T>(pass);
-    pass_dC = scratch.take<T>(pass);
-    tile_dB = scratch.take<T>(pass);
-    tile_dC = scratch.take<T>(pass);
-    chunk_dB = scratch.take<T>(kChunk * p.dstate);
-    chunk_dC = scratch.take<T>(kChunk * p.dstate);
+    sums = scratch.take<T>(sums_of(p));
   }
   void begin_chunk(int64_t t0) {
     Rows<T>* all[] = {&dy, &du, &ddelta, &gate, &dgate, &slope[0], &slope[1]};
@@ -76,29 +73,6 @@ struct Gradients {
   Block<T> block(T* chunk_rows, int64_t tiles) const { return {chunk_rows, kChunk * W, int(tiles)}; }
   Rows<T>& rows_slope(const ScanTask<T>& k, int d) { return slope[k.separate_delta ? d : 0]; }
 };
-
-// Sums (step, state of the pass, lane) over the lanes into out[step * dstate + state].
-template <class T, int kCount>
-void reduce_lanes(const T* rows, int steps, int64_t dstate, T* out) {
-  constexpr int W = kLanes<T>;
-  for (int i = 0; i < steps * kCount; i += W) {
-    Vec<T> v[W];
-    for (int j = 0; j < W; ++j) v[j] = i + j < steps * kCount ? load(rows + (i + j) * W) : Vec<T>{};
-    const Vec<T> sums = sum_lanes<T>(v);
-    constexpr int kPiece = kCount < W ? kCount : W;  // neighbours in `out`
-    alignas(64) T row[W];
-    store(row, sums);
-    for (int j = 0; j < W && i + j < steps * kCount; j += kPiece)
-      memcpy(out + (i + j) / kCount * dstate + (i + j) % kCount, row + j, kPiece * sizeof(T));
-  }
-}
-
-// Adds the valid lanes only: in the others a NaN or infinity of B or C may have met a zero.
-template <class T>
-void add_valid_lanes(T* to, const T* from, int64_t count, int channels) {
-  const Mask<T> valid = lane_index<T>() < splat(T(channels));
-  for (int64_t i = 0; i < count; ++i, to += kLanes<T>, from += kLanes<T>) store(to, load(to) + select(valid, load(from), Vec<T>{}));
-}
 
 // dy = scale * dout * silu(z), and what y will be multiplied with: dgate for dz, gate for out. Formed once, for both directions.
 template <class T>
@@ -145,61 +119,63 @@ void store_gate(ScanTask<T>& k, Gradients<T>& g, int64_t t0, int64_t t1) {
   write(k.a.out, g.gate, T(k.a.scale));
 }
 
-// The states n, n + 1, ... (kCount of them) of every tile over one chunk: recompute, sweep, sum over the lanes.
+// One tile over one chunk, states n, n + 1, ... (kCount of them): recompute, then sweep.
 template <class T, bool kVariesB, bool kVariesC, int kCount>
-void backward_pass(ScanTask<T>& k, Gradients<T>& g, int d, int64_t chunk, int64_t t0, int steps, int64_t n, const Run* runs, int count,
-                   const bool* safe_tiles, Ahead& ahead) {
-  constexpr int W = kLanes<T>, kRow = kCount * W;
-  const size_t pass_bytes = sizeof(T) * size_t(steps) * kRow;
-  if (kVariesB) memset(g.pass_dB, 0, pass_bytes);
-  if (kVariesC) memset(g.pass_dC, 0, pass_bytes);
-  for (int64_t tile = 0; tile < k.tiles; ++tile) {
-    const bool whole = k.valid(tile) == W;
-    T* dB = kVariesB ? (whole ? g.pass_dB : g.tile_dB) : k.state(g.dB[d], tile, n);
-    T* dC = kVariesC ? (whole ? g.pass_dC : g.tile_dC) : k.state(g.dC[d], tile, n);
-    if (kVariesB && !whole) memset(dB, 0, pass_bytes);
-    if (kVariesC && !whole) memset(dC, 0, pass_bytes);
-    const T *A = k.state(k.A[d], tile, n), *A2 = k.state(k.A2[d], tile, n);
-    T *dh = k.state(g.dh, tile, n), *dA = k.state(g.dA[d], tile, n);
-    alignas(64) T h[kRow];
-    memcpy(h, k.kept(k.a.direction[d].states, chunk, tile) + n * W, sizeof h);
-    const char* const* lines = ahead.next();
-    with_safe<T>(safe_tiles[tile], [&](auto safe) {
-      with_bool(k.a.dz || k.a.out, [&](auto with_y) {
-        for (int r = 0; r < count; ++r) {  // decays of run r start at its first step, its states r slots later
-          const int begin = runs[r].begin;
-          if (runs[r].fresh) memset(h, 0, sizeof h);
-          recompute_steps<T, kCount, kVariesB, kVariesC, decltype(safe)::value, decltype(with_y)::value>(
-              k.steps(d, tile, t0, n, runs[r], lines + begin), A, A2, h, k.y.at(tile, t0 + runs[r].offset), g.decays + begin * kRow,
-              g.states + (begin + r) * kRow);
-        }
-      });
+void backward_pass(ScanTask<T>& k, Gradients<T>& g, int d, int64_t chunk, int64_t t0, int64_t tile, int64_t n, T* sums, const Run* runs,
+                   int count, bool is_safe_tile, AheadList& ahead) {
+  constexpr int W = kLanes<T>, kRow = kCount * W, kSums = StepSums<T, kCount, kVariesB, kVariesC>::kVectors * W;
+  const T *A = k.state(k.A[d], tile, n), *A2 = k.state(k.A2[d], tile, n);
+  T *dh = k.state(g.dh, tile, n), *dA = k.state(g.dA[d], tile, n);
+  alignas(64) T h[kRow];
+  memcpy(h, k.kept(k.a.direction[d].states, chunk, tile) + n * W, sizeof h);
+  Ahead lines = ahead.next();
+  with_safe<T>(is_safe_tile, [&](auto safe) {
+    with_bool(k.a.dz || k.a.out, [&](auto with_y) {
+      for (int r = 0; r < count; ++r) {  // decays of run r start at its first step, its states r slots later
+        const int begin = runs[r].begin;
+        if (runs[r].fresh) memset(h, 0, sizeof h);
+        recompute_steps<T, kCount, kVariesB, kVariesC, decltype(safe)::value, decltype(with_y)::value>(
+            k.steps(d, tile, t0, n, runs[r], lines), A, A2, h, k.y.at(tile, t0 + runs[r].offset), g.decays + begin * kRow,
+            g.states + (begin + r) * kRow);
+      }
     });
-    lines = ahead.next();
+  });
+  lines = ahead.next();
+  with_bool(k.valid(tile) == W, [&](auto whole) {
     for (int r = count - 1; r >= 0; --r) {
       const int begin = runs[r].begin;
       const int64_t at = (tile * kChunk + runs[r].offset) * W;
       const Sweep<T> sweep{g.dy.at(tile, t0 + runs[r].offset), g.dx + at, g.ddecay + at, g.decays + begin * kRow,
-                           g.states + (begin + r) * kRow, dB + (kVariesB ? begin * kRow : 0), dC + (kVariesC ? begin * kRow : 0), dh, dA,
-                           n == 0};
-      sweep_steps<T, kCount, kVariesB, kVariesC>(k.steps(d, tile, t0, n, runs[r], lines + begin), sweep, A);
+                           g.states + (begin + r) * kRow, sums + begin * kSums, k.state(g.dB[d], tile, n), k.state(g.dC[d], tile, n), dh, dA,
+                           k.valid(tile), n == 0};
+      sweep_steps<T, kCount, kVariesB, kVariesC, decltype(whole)::value>(k.steps(d, tile, t0, n, runs[r], lines), sweep, A);
       if (runs[r].fresh) memset(dh, 0, sizeof(T) * kRow);
     }
-    if (kVariesB && !whole) add_valid_lanes(g.pass_dB, dB, int64_t(steps) * kCount, k.valid(tile));
-    if (kVariesC && !whole) add_valid_lanes(g.pass_dC, dC, int64_t(steps) * kCount, k.valid(tile));
-  }
-  if (kVariesB) reduce_lanes<T, kCount>(g.pass_dB, steps, k.p.dstate, g.chunk_dB + n);
-  if (kVariesC) reduce_lanes<T, kCount>(g.pass_dC, steps, k.p.dstate, g.chunk_dC + n);
+  });
 }
 
-// A chunk of dB or dC, in scan order, onto the task's partial sums in order of time.
-template <class T>
-void add_chunk(const ScanTask<T>& k, bool reverse, int64_t t0, int64_t t1, const T* chunk, T* partial) {
-  for (int64_t i = 0; i < t1 - t0; ++i) {
-    const int64_t t = reverse ? t1 - 1 - i : t0 + i;
-    T* to = partial + (((k.block * k.p.batch + k.batch) * k.p.groups + k.group) * k.p.seqlen + t) * k.p.dstate;
-    for (int64_t n = 0; n < k.p.dstate; ++n) to[n] += chunk[i * k.p.dstate + n];
-  }
+// The sums of a chunk, in scan order, onto the task's partial sums of dB and dC in order of time.
+template <class T, bool kVariesB, bool kVariesC>
+void add_sums(const ScanTask<T>& k, const Gradients<T>& g, bool reverse, int64_t t0, int64_t t1, T* dB, T* dC) {
+  constexpr int W = kLanes<T>;
+  const T* pass = g.sums;
+  for_states(k.p.dstate, [&](int64_t n, auto states) {
+    constexpr int N = decltype(states)::value;
+    using Sums = StepSums<T, N, kVariesB, kVariesC>;
+    if constexpr (Sums::kValues > 0) {
+      for (int64_t i = 0; i < t1 - t0; ++i) {
+        alignas(64) T values[Sums::kVectors * W];
+        memcpy(values, pass + i * Sums::kVectors * W, sizeof values);
+        for (int half = W / 2; half >= Sums::kValues; half /= 2)
+          for (int j = 0; j < half; ++j) values[j] += values[j + half];
+        const int64_t t = reverse ? t1 - 1 - i : t0 + i;
+        const int64_t at = (((k.block * k.p.batch + k.batch) * k.p.groups + k.group) * k.p.seqlen + t) * k.p.dstate + n;
+        for (int j = 0; kVariesC && dC && j < N; ++j) dC[at + j] += values[j];
+        for (int j = 0; kVariesB && dB && j < N; ++j) dB[at + j] += values[kVariesC * N + j];
+      }
+    }
+    pass += kChunk * Gradients<T>::kMaxVectors * W;
+  });
 }
 
 // From dx and ddecay of a chunk to du, and ddelta back through softplus and bias; written out once both directions are in.
@@ -254,25 +230,28 @@ void backward_direction(ScanTask<T>& k, Gradients<T>& g, int d, const Partials<T
     if (with_y) k.begin_y(d, k.all(), t0, t1);
     if (d == 0) begin_dy(k, g, t0, t1);
     k.load_coefficients(d, t0, t1);
-    Ahead ahead;
+    AheadList ahead;
     auto soon = [&](const Tensor& t, int64_t chunk_of) { k.add_ahead(ahead, t, k.all(), chunk_of); };
     const int64_t next = dir.reverse ? chunk + 1 : chunk - 1;
     k.add_inputs_ahead(ahead, d, k.all(), next);
+    k.add_kept_ahead(ahead, dir.states, k.all(), next);
     if (d == 0) soon(k.a.dout, next), soon(k.a.z, next);
     if (last || k.separate_u) soon(k.a.direction[k.separate_u ? d : 0].du, chunk);
     if (last || k.separate_delta) soon(k.a.direction[k.separate_delta ? d : 0].ddelta, chunk);
     if (last) soon(k.a.dz, chunk), soon(k.a.out, chunk);
     k.add_coefficients_ahead(ahead, d, next);
-    ahead.begin(k.tiles * passes_of(p.dstate) * 2);
+    ahead.deal(k.tiles * passes_of(p.dstate) * 2);
     const int count = find_runs(k.a.seq_idx, k.batch, t0, t1, p.seqlen, dir.reverse, runs);
-    bool safe[kMaxBlockTiles];
-    for (int64_t tile = 0; tile < k.tiles; ++tile)
-      safe[tile] = is_safe(k.rows_delta(d).at(tile, t0), t1 - t0, k.state(k.A2[d], tile, 0), p.dstate);
-    for_states(p.dstate, [&](int64_t n, auto states) {
-      backward_pass<T, kVariesB, kVariesC, decltype(states)::value>(k, g, d, chunk, t0, int(t1 - t0), n, runs, count, safe, ahead);
-    });
-    if (kVariesB && partials.dB[d]) add_chunk(k, dir.reverse, t0, t1, g.chunk_dB, partials.dB[d]);
-    if (kVariesC && partials.dC[d]) add_chunk(k, dir.reverse, t0, t1, g.chunk_dC, partials.dC[d]);
+    if (kVariesB || kVariesC) memset(g.sums, 0, size_t(g.sums_of(p)) * sizeof(T));
+    for (int64_t tile = 0; tile < k.tiles; ++tile) {
+      const bool safe = is_safe(k.rows_delta(d).at(tile, t0), t1 - t0, k.state(k.A2[d], tile, 0), p.dstate);
+      T* sums = g.sums;
+      for_states(p.dstate, [&](int64_t n, auto states) {
+        backward_pass<T, kVariesB, kVariesC, decltype(states)::value>(k, g, d, chunk, t0, tile, n, sums, runs, count, safe, ahead);
+        sums += kChunk * g.kMaxVectors * kLanes<T>;
+      });
+    }
+    if (kVariesB || kVariesC) add_sums<T, kVariesB, kVariesC>(k, g, dir.reverse, t0, t1, partials.dB[d], partials.dC[d]);
     store_input_gradients(k, g, d, t0, t1);
     if (last && with_y) store_gate(k, g, t0, t1);
   }
@@ -281,11 +260,9 @@ void backward_direction(ScanTask<T>& k, Gradients<T>& g, int d, const Partials<T
 
 // (tile, count, lane) -> (batch, dim, count): this task's part of a gradient that is summed over the batch.
 template <class T>
-void store_partial(const ScanTask<T>& k, const T* from, int64_t count, T* to) {
-  for (int64_t tile = 0; tile < k.tiles; ++tile)
-    for (int c = 0; c < k.valid(tile); ++c)
-      for (int64_t n = 0; n < count; ++n)
-        to[(k.batch * k.p.dim + k.channel + tile * kLanes<T> + c) * count + n] = from[(tile * count + n) * kLanes<T> + c];
+void store_partial(const ScanTask<T>& k, T* from, int64_t count, T* to) {
+  const Plane rows{reinterpret_cast<char*>(to), sizeof(T) == 8 ? DType::f64 : DType::f32, count, 1};
+  store_block<T>(rows, k.batch * k.p.dim + k.channel, k.channels, 0, count, {from, count * kLanes<T>, int(k.tiles)});
 }
 
 template <class T>

@@ -49,11 +49,12 @@ void forward_direction(ScanTask<T>& k, int d) {
       const bool turn = part.end() == k.tiles;
       const Tiles next_part{turn ? 0 : part.end(), step};
       const int64_t next_chunk = turn ? (dir.reverse ? chunk - 1 : chunk + 1) : chunk;
-      Ahead ahead;
+      AheadList ahead;
       k.add_inputs_ahead(ahead, d, next_part, next_chunk);
+      k.add_kept_ahead(ahead, dir.states, next_part, next_chunk);
       if (last) k.add_ahead(ahead, k.a.z, next_part, next_chunk), k.add_ahead(ahead, k.a.out, next_part, next_chunk);
       if (turn) k.add_coefficients_ahead(ahead, d, next_chunk);
-      ahead.begin(step * passes_of(p.dstate));
+      ahead.deal(step * passes_of(p.dstate));
       for (int64_t tile = part.first; tile < part.end(); ++tile) {
         if (dir.states) memcpy(k.kept(dir.states, chunk, tile), k.state(k.h, tile, 0), size_t(p.dstate) * W * sizeof(T));
         const bool safe_tile = is_safe(k.rows_delta(d).at(tile, t0), t1 - t0, k.state(k.A2[d], tile, 0), p.dstate);
@@ -61,11 +62,11 @@ void forward_direction(ScanTask<T>& k, int d) {
           constexpr int N = decltype(states)::value;
           const T *A = k.state(k.A[d], tile, n), *A2 = k.state(k.A2[d], tile, n);
           T* h = k.state(k.h, tile, n);
-          const char* const* lines = ahead.next();
+          const Ahead lines = ahead.next();
           with_safe<T>(safe_tile, [&](auto safe) {
             for (int r = 0; r < count; ++r) {
               if (runs[r].fresh) memset(h, 0, sizeof(T) * W * N);
-              scan_steps<T, N, kVariesB, kVariesC, decltype(safe)::value>(k.steps(d, tile, t0, n, runs[r], lines + runs[r].begin), A, A2, h,
+              scan_steps<T, N, kVariesB, kVariesC, decltype(safe)::value>(k.steps(d, tile, t0, n, runs[r], lines), A, A2, h,
                                                                           k.y.at(tile, t0 + runs[r].offset));
             }
           });

@@ -232,6 +232,18 @@ inline vd log1p_nonnegative(vd e) {
   return e;
 }
 
+// 1 / x to about an ulp, for x = 1 + e^y: neither zero nor negative.
+inline vf reciprocal(vf x) {
+#if defined(__AVX512F__)
+  // A division takes as long as sixteen multiplications. Newton's step makes a NaN of infinity's reciprocal, hence the select.
+  const vf guess = (vf)_mm512_rcp14_ps((__m512)x), better = guess + guess * (1 - x * guess);
+  return select(x < splat(INFINITY), better, guess);
+#else
+  return 1 / x;
+#endif
+}
+inline vd reciprocal(vd x) { return 1 / x; }
+
 // Identity above 20, as in torch and mamba_ssm. The second form gives the derivative as well.
 template <class V>
 inline V softplus(V x) {
@@ -240,16 +252,16 @@ inline V softplus(V x) {
 template <class V>
 inline V softplus(V x, V* derivative) {
   const V e = exp(x);
-  *derivative = select(x > 20, V{} + 1, e / (1 + e));
+  *derivative = select(x > 20, V{} + 1, e * reciprocal(1 + e));
   return select(x > 20, x, log1p_nonnegative(e));
 }
 template <class V>
 inline V sigmoid(V x) {
-  return 1 / (1 + exp(-x));
+  return reciprocal(1 + exp(-x));
 }
 template <class V>
 inline V silu(V x) {
-  return x / (1 + exp(-x));
+  return x * reciprocal(1 + exp(-x));
 }
 
 // ---- transposes and sums across lanes, by log2(lanes) rounds of interleaving ------------------------------------------
@@ -291,14 +303,39 @@ inline void transpose(Vec<T>* v) {
   }
 }
 
-// Lane i of the result is the sum over the lanes of v[i]; the order of the additions is fixed.
+// The numbers 0 .. kCount - 1 as a pack. (std::index_sequence would be a shared template.)
+template <int... kLane>
+struct Lanes {};
+template <int kCount, int... kLane>
+struct CountLanes : CountLanes<kCount - 1, kCount - 1, kLane...> {};
+template <int... kLane>
+struct CountLanes<0, kLane...> {
+  using type = Lanes<kLane...>;
+};
+
+// Half of the sums across lanes of two vectors: lane j gets a[j] + a[j ^ kBit], or of b where j has that bit.
+template <int kBit, class V, int... kLane>
+inline V fold(V a, V b, Lanes<kLane...>) {
+  constexpr int W = sizeof...(kLane);
+  return __builtin_shufflevector(a, b, (kLane & kBit ? kLane + W : kLane)...) +
+         __builtin_shufflevector(a, b, (kLane & kBit ? (kLane ^ kBit) + W : kLane ^ kBit)...);
+}
+
+// Sums of kCount (a power of two) vectors across their lanes, in a fixed order. v[i] of the result has at lane j part of the sum of
+// vector i * kValues + j % kValues, where kValues = min(kCount, lanes); the parts are the lanes of equal j % kValues.
+template <class T, int kCount, int kBit = 1>
+inline void fold_lanes(Vec<T>* v) {
+  if constexpr (kCount > 1 && kBit < kLanes<T>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kCount / 2; ++i) v[i] = fold<kBit>(v[2 * i], v[2 * i + 1], typename CountLanes<kLanes<T>>::type{});
+    fold_lanes<T, kCount / 2, 2 * kBit>(v);
+  }
+}
+
+// Lane i of the result is the sum over the lanes of v[i].
 template <class T>
 inline Vec<T> sum_lanes(Vec<T>* v) {
-  constexpr int W = kLanes<T>;
-#pragma GCC unroll 4
-  for (int half = W / 2; half >= 1; half /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < half; ++i) v[i] = zip_low(v[i], v[i + half]) + zip_high(v[i], v[i + half]);
+  fold_lanes<T, kLanes<T>>(v);
   return v[0];
 }
 
