@@ -15,6 +15,9 @@ CHOICES = {
     "amp": ("off", "bf16", "fp16"),
 }
 
+# Settings that runs were once saved without, and what such a run did.
+ONCE: dict[str, Any] = {"mirror": False}
+
 
 def _option(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
@@ -36,6 +39,10 @@ class TrainConfig:
         "both", "what comes first in a row; both: each item is seen both ways, as generation from text wants"
     )
     limit: int | None = _option(None, "use at most this many items")
+    mirror: bool = _option(
+        True,
+        "train on each sprite's mirror image too, unless its caption names a side; --no-mirror for pictures with writing",
+    )
     seed: int = _option(0, "of the split into training, validation and test items, of the weights and of the order")
     # model
     model: str = _option("mamba", "family")
@@ -103,13 +110,13 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Any, name: str = "config") -> TrainConfig:
-        """Inverse of `to_dict`; an error names `name`."""
+        """Inverse of `to_dict`, older runs' included; an error names `name`."""
         if not isinstance(values, dict):
             raise ValueError(f"{name}: not the settings of a run")
         unknown = values.keys() - {f.name for f in fields(cls)}
         if unknown:
             raise ValueError(f"{name}: unknown setting {sorted(unknown)[0]!r}")
         try:
-            return cls(**values)
+            return cls(**(ONCE | values))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{name}: {error}") from error

@@ -6,27 +6,31 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from ._files import read_json
 from .neighborhood import windows
+from .rows import mirror_row
 from .tokenizer import Order, PixelBytesTokenizer, image_array
 
 __all__ = ["IGNORE", "Corpus", "PxByDataset", "load_embedded", "load_folder", "split_indices", "split_rows"]
 
 IGNORE = -100  # target of a position that has none; cross-entropy's ignore_index
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
+# What tells left from right in a caption; "droits" are rights.
+SIDES = re.compile(r"\b(?:(?:left|right)(?:wards?)?|gauches?|droite?|droites)\b", re.IGNORECASE)
 T = TypeVar("T")
 
 
@@ -237,6 +241,17 @@ class Corpus:
     def split(self, fractions: Sequence[float] = (0.8, 0.1, 0.1), seed: int = 0) -> tuple[Corpus, ...]:
         """Train, validation and test corpora, split by item."""
         return tuple(self.subset(part) for part in split_indices(len(self), fractions, seed))
+
+    def mirrored(self, tokenizer: PixelBytesTokenizer) -> Corpus:
+        """The mirror images of the items, with the same captions; without those whose caption names a side.
+
+        The words are left, right, leftward(s), rightward(s), gauche(s), droit and droite(s). Symmetric items are among
+        them, so that they keep their weight in a training set of items and mirror images.
+        """
+        kept = self.subset([i for i, caption in enumerate(self.captions) if not SIDES.search(caption)])
+        rows = [mirror_row(row, tokenizer) for row in kept.rows]
+        images = LazyImages([lambda i=i: ImageOps.mirror(kept.images[i]) for i in range(len(kept))])  # type: ignore[misc]
+        return replace(kept, rows=rows, images=images)
 
 
 CorpusOrder = Literal["image-first", "text-first", "both"]

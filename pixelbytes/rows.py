@@ -1,4 +1,4 @@
-"""Rows made ready for models: a null start, and what kind of token each id is."""
+"""Rows made ready for models: a null start, the mirror image, and what kind of token each id is."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pixelbytes.neighborhood import windows
 from pixelbytes.tokenizer import PixelBytesTokenizer
 
 KINDS = ("pixel", "text", "structure")
@@ -25,6 +26,17 @@ def start_length(targets: str, seq_length: int) -> int:
 def with_start(rows: Sequence[NDArray[Any]], length: int) -> list[NDArray[Any]]:
     """Rows (L, 3, 3) -> (length + L, 3, 3), zeros first."""
     return [np.concatenate([np.zeros((length, 3, 3), dtype=row.dtype), row]) for row in rows]
+
+
+def mirror_row(row: NDArray[Any], tokenizer: PixelBytesTokenizer) -> NDArray[Any]:
+    """A row (L, 3, 3) whose images are turned left to right, its texts as they are; twice gives the row again."""
+    ids = row[:, 1, 1]
+    pixel = np.concatenate([[False], tokenizer.is_pixel(ids), [False]])
+    edges = np.flatnonzero(pixel[1:] != pixel[:-1])  # start and stop of each run of pixels: the lines of the images
+    start, stop = np.repeat(edges.reshape(-1, 2), np.diff(edges)[::2], axis=0).T  # (pixels,) each
+    source = np.arange(len(ids))
+    source[pixel[1:-1]] = start + stop - 1 - source[pixel[1:-1]]
+    return windows(ids[source], tokenizer)
 
 
 def token_kinds(ids: NDArray[Any], tokenizer: PixelBytesTokenizer) -> NDArray[np.int8]:

@@ -191,17 +191,20 @@ def train_run(
     mode: Any = config.target_mode
     stride = config.stride or (seq_length if mode == "all" else 32)
     lead = start_length(mode, seq_length)
+    mirrored = train.mirrored(tokenizer) if config.mirror else None
+    train_rows = train.rows + ([] if mirrored is None else mirrored.rows)
     datasets = [
-        PxByDataset(with_start(part.rows, lead), seq_length, stride, mode, vocab_size=tokenizer.vocab_size)
-        for part in (train, val)
+        PxByDataset(with_start(rows, lead), seq_length, stride, mode, vocab_size=tokenizer.vocab_size)
+        for rows in (train_rows, val.rows)
     ]
     model = build_model(config, tokenizer.vocab_size)
     if path is None:
         path = new_run_folder(config.model)
-    tokens = sum(len(row) for row in train.rows)
+    tokens = sum(len(row) for row in train_rows)
+    images = "" if mirrored is None else f"with mirror images of {len(mirrored)}, "
     say(
         f"data: {train.meta.get('source', config.data)}, {len(train)} + {len(val)} + {len(test)} items to train, "
-        f"validate and test on, {tokens:,} training tokens in windows of {seq_length}"
+        f"validate and test on, {images}{tokens:,} training tokens in windows of {seq_length}"
     )
     parameters = sum(p.numel() for p in model.parameters())
     say(f"model: {type(model).__name__}, {parameters:,} parameters, {'causal' if model.causal else 'bidirectional'}")

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import pytest
 import torch
 from PIL import Image
 
+from pixelbytes import runs
+from pixelbytes.dataset import PxByDataset
 from pixelbytes.models import from_pretrained
 
 TINY = ["--model", "rnn", "--dim", "16", "--depth", "1", "--max-steps", "3", "--device", "cpu"]
@@ -186,3 +189,45 @@ def test_ctrl_c_leaves_a_run_that_goes_on(data_folder, tmp_path):
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert {p.name for p in run.iterdir()} == FILES
+
+
+def test_mirror_images_are_for_training_only(command, data_folder, monkeypatch):
+    side = shutil.copytree(data_folder, Path("side"))
+    for file in side.glob("*.txt"):
+        file.write_text("chat à gauche" if file.stem in ("item00", "item01", "item02") else "chat")
+    made = []
+
+    def recorded(rows, *arguments, **options):
+        made.append(rows)
+        return PxByDataset(rows, *arguments, **options)
+
+    monkeypatch.setattr(runs, "PxByDataset", recorded)
+    options = ["--data", "side", "--vocab", "bytes", *TINY]
+    lines = []
+    for flags in ([], ["--no-mirror"]):
+        code, out, err = command("train", "--run", f"run{len(lines)}", *options, *flags)
+        assert code == 0, err
+        lines.append(out.splitlines()[0])
+    train, val, test = runs.open_run("run0").corpora()
+    sided = sum("gauche" in caption for caption in train.captions)
+    assert 0 < sided < len(train) == 10
+    assert f"with mirror images of {10 - sided}, " in lines[0] and "mirror" not in lines[1]
+    tokens = [sum(map(len, made[i])) - len(made[i]) for i in (0, 2)]  # a null start each
+    assert [f"{n:,} training tokens" in line for n, line in zip(tokens, lines, strict=True)] == [True, True]
+    assert [len(rows) for rows in made] == [20 + 2 * (10 - sided), 2, 20, 2]
+    assert [np.array_equal(a, b) for a, b in zip(made[1], made[3], strict=True)] == [True, True]
+    measured = [json.loads(Path(f"run{i}/metrics.json").read_text())["metrics"] for i in (0, 1)]
+    assert [m["pixel"]["targets"] for m in measured] == [sum(i.width * i.height for i in test.images) * 2] * 2
+
+
+def test_a_run_from_before_mirror_images_goes_on_without(command, data_folder):
+    assert command("train", "--data", data_folder, "--run", "old", "--no-mirror", *TINY)[0] == 0
+    path = Path("old/config.json")
+    described = json.loads(path.read_text())
+    del described["train"]["mirror"]
+    path.write_text(json.dumps(described))
+    code, _, err = command("train", "--run", "old", "--resume", "--mirror", "--max-steps", 6)
+    assert code == 2 and "mirror: a run that goes on keeps its False, got True" in err
+    code, out, err = command("train", "--run", "old", "--resume", "--max-steps", 6)
+    assert code == 0 and "mirror" not in out, err
+    assert json.loads(path.read_text())["train"]["mirror"] is False

@@ -5,15 +5,19 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from pixelbytes.dataset import IGNORE, PxByDataset, load_folder, split_indices, split_rows
+from pixelbytes.dataset import IGNORE, SIDES, PxByDataset, load_folder, split_indices, split_rows
 from pixelbytes.neighborhood import windows
 from pixelbytes.palette import NES55
+from pixelbytes.rows import mirror_row
 from pixelbytes.tokenizer import PixelBytesTokenizer
 
 COMPAT = PixelBytesTokenizer()
+BYTES = PixelBytesTokenizer("bytes")
 
 
 def random_rows(lengths: list[int], dtype=np.uint8, seed: int = 0) -> list[np.ndarray]:
@@ -209,3 +213,44 @@ def test_bad_folders_are_named(tmp_path) -> None:
         load_folder(tmp_path, COMPAT, strict=False)
     with pytest.raises(ValueError, match="limit must be at least 1"):
         load_folder(tmp_path, COMPAT, limit=0)
+
+
+@given(st.sampled_from([COMPAT, BYTES]), st.sampled_from(["image-first", "text-first"]), st.data())
+@settings(deadline=None)
+def test_a_mirrored_row_shows_the_mirror_image(tokenizer, order, data) -> None:
+    height, width = data.draw(st.tuples(st.integers(1, 6), st.integers(1, 6)))
+    picture = NES55[np.random.default_rng(data.draw(st.integers(0, 99))).integers(0, 55, (height, width))]
+    image = data.draw(st.sampled_from([picture, None]))
+    text = data.draw(st.none() | st.text("abz (,9)", max_size=12)) if image is not None else "(2, 3) cat"
+    row = windows(tokenizer.encode(image, text, order=order), tokenizer)
+    mirrored = mirror_row(row, tokenizer)
+    flipped = None if image is None else image[:, ::-1]
+    assert mirrored.dtype == row.dtype
+    assert np.array_equal(mirrored, windows(tokenizer.encode(flipped, text, order=order), tokenizer))
+    assert np.array_equal(mirror_row(mirrored, tokenizer), row)
+
+
+@pytest.mark.parametrize("order", ["image-first", "text-first", "both"])
+def test_mirrored_corpus(tmp_path, order) -> None:
+    make_folder(tmp_path)
+    (tmp_path / "item1.txt").write_text("main vers la Gauche / left-facing hand")
+    Image.new("RGB", (3, 2), tuple(NES55[7].tolist())).save(tmp_path / "item3.png")  # symmetric
+    corpus = load_folder(tmp_path, BYTES, order=order)
+    before = [row.copy() for row in corpus.rows]
+    mirrored = corpus.mirrored(BYTES)
+    assert mirrored.names == ["item0", "item2", "item3"] and mirrored.captions[1] == corpus.captions[2]
+    assert len(mirrored.rows) == len(mirrored.items) == 3 * len(corpus.rows) // 4
+    for row, item in zip(mirrored.rows, mirrored.items, strict=True):
+        shown = dict(BYTES.decode(row[:, 1, 1]))
+        of_it = corpus.images[corpus.names.index(mirrored.names[item])]
+        assert np.array_equal(shown["image"], np.asarray(of_it)[:, ::-1])
+        assert np.array_equal(shown["image"], np.asarray(mirrored.images[item]))
+        assert shown["text"] == mirrored.captions[item]
+    assert all(np.array_equal(a, b) for a, b in zip(corpus.rows, before, strict=True))
+
+
+def test_captions_that_name_a_side() -> None:
+    for caption in ("left", "up-right arrow", "LEFTWARDS hand", "à gauche", "œil droit", "main droite", "aile/gauche"):
+        assert SIDES.search(caption), caption
+    for caption in ("bright sun", "droits d'auteur", "endroit", "copyright", "gaucher", "leftover"):
+        assert not SIDES.search(caption), caption
