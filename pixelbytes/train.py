@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import math
 import time
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Iterator, Sized
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 
 from pixelbytes._files import make_folder, write_bytes, write_json, write_text
+from pixelbytes._parallel import GradientWorkers
 from pixelbytes._training import (
     SCHEDULES,
     Interrupt,
@@ -65,6 +67,8 @@ class Trainer:
         max_minutes, max_steps: end earlier; "cosine" is then fitted to what ends first.
         amp: "off", "bf16" or "fp16" (CUDA only).
         num_workers: processes that load data.
+        processes: that compute, each with its rows of a batch; on the CPU only, and no more than `batch_size`. The step
+            is the same up to rounding. A script that asks for more than one needs `if __name__ == "__main__":`.
         device: default CUDA where there is one.
         resume: go on from `last/checkpoint.pth`. On the CPU the result is the same, bit for bit, as without the
             interruption (not with `max_minutes` and "cosine", where the rate depends on the clock).
@@ -96,6 +100,7 @@ class Trainer:
         max_steps: int | None = None,
         amp: str = "off",
         num_workers: int = 0,
+        processes: int = 1,
         device: str | torch.device | None = None,
         resume: bool = False,
         run_dir: str | Path | None = None,
@@ -103,7 +108,8 @@ class Trainer:
     ) -> None:
         if not isinstance(model, SequenceModel):
             raise TypeError(f"model: a model of pixelbytes.models is wanted, got {type(model).__name__}")
-        for name, value in (("batch_size", batch_size), ("num_epochs", num_epochs), ("eval_every", eval_every)):
+        counts = {"batch_size": batch_size, "num_epochs": num_epochs, "eval_every": eval_every, "processes": processes}
+        for name, value in counts.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         for name, limit in (("learning_rate", learning_rate), ("max_minutes", max_minutes), ("max_steps", max_steps)):
@@ -118,6 +124,10 @@ class Trainer:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if amp == "fp16" and self.device.type != "cuda":
             raise ValueError(f"amp: fp16 needs a CUDA device, got {self.device}; use bf16 or off")
+        if processes > 1 and self.device.type != "cpu":
+            raise ValueError(f"processes: more than one is for the CPU only, got {processes} on {self.device}")
+        if processes > 1 and compile_model:
+            raise ValueError(f"processes: a compiled model trains in one, got {processes}; leave compile_model out")
         for name, data in (
             ("train_dataset", train_dataset),
             ("test_dataset", test_dataset),
@@ -130,6 +140,8 @@ class Trainer:
         self.learning_rate, self.schedule, self.grad_clip = learning_rate, schedule, grad_clip
         self.max_seconds = math.inf if max_minutes is None else 60 * max_minutes
         self.max_steps, self.seed, self.num_workers, self.quiet = max_steps, seed, num_workers, quiet
+        self.processes = min(processes, batch_size)
+        self._workers: GradientWorkers | None = None  # while `train` runs
         self.model_name, self.dataset_name = model_name, dataset_name
         if val_dataset is None:
             train_dataset, val_dataset = hold_out(train_dataset, 0.1, seed)
@@ -182,8 +194,8 @@ class Trainer:
         """Train to the end of the epochs, steps or minutes. Ctrl-C saves `last` and raises KeyboardInterrupt."""
         if self._step == 0:
             torch.manual_seed(self.seed)
-        start = time.monotonic() - self._seconds
-        with ctrl_c_between_steps() as interrupt:
+        with ctrl_c_between_steps() as interrupt, self._running_workers():
+            start = time.monotonic() - self._seconds
             while self._epoch < self.num_epochs and not self._spent():
                 self._train_epoch(start, interrupt)
                 if interrupt.pressed:
@@ -197,6 +209,17 @@ class Trainer:
             self._say(f"Best {kind} Accuracy: {accuracy:.2f}%")
         if self._face:
             self.save_training_progress(final=True)
+
+    @contextlib.contextmanager
+    def _running_workers(self) -> Iterator[None]:
+        if self.processes == 1:
+            yield
+            return
+        with GradientWorkers(self.model, self.processes, self.amp_dtype) as self._workers:
+            try:
+                yield
+            finally:
+                self._workers = None
 
     def _spent(self) -> bool:
         return self._seconds >= self.max_seconds or (self.max_steps is not None and self._step >= self.max_steps)
@@ -261,22 +284,26 @@ class Trainer:
         self.save_training_progress()
 
     def _train_step(self, x: Tensor, target: Tensor) -> tuple[float, int]:
-        if not self._compiled:  # every new length would be compiled anew
-            x, target = trimmed(x, target)
-        x, target = x.to(self.device, non_blocking=True), target.to(self.device, non_blocking=True)
         self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
-            loss, n_targets = self._loss(x, target)
-        value = loss.item()
+        value, n_targets = self._gradients(x, target) if self._workers is None else self._workers.gradients(x, target)
         if not math.isfinite(value):
             raise RuntimeError(f"the loss is {value} at step {self._step + 1}: lower learning_rate, or clip harder")
-        self.scaler.scale(loss).backward()
         if self.grad_clip is not None:
             self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return value, n_targets
+
+    def _gradients(self, x: Tensor, target: Tensor) -> tuple[float, int]:
+        """Gradients of the mean loss, and that loss and its number of targets; GradientWorkers has the like."""
+        if not self._compiled:  # every new length would be compiled anew
+            x, target = trimmed(x, target)
+        x, target = x.to(self.device, non_blocking=True), target.to(self.device, non_blocking=True)
+        with self._autocast():
+            loss, n_targets = self._loss(x, target)
+        self.scaler.scale(loss).backward()
+        return loss.item(), n_targets
 
     # -- evaluation -------------------------------------------------------------------------------------------------
 
@@ -293,15 +320,16 @@ class Trainer:
         self.model.eval()
         correct = count = 0
         total = 0.0
-        for x, target in loader:
-            if not self._compiled:
-                x, target = trimmed(x, target)
-            with self._autocast():
-                logits, wanted = self.model.logits_for(x.to(self.device), target.to(self.device))
-            kept = wanted != IGNORE
-            total += F.cross_entropy(logits.float(), wanted, ignore_index=IGNORE, reduction="sum").item()
-            correct += int((logits.argmax(-1) == wanted)[kept].sum())
-            count += int(kept.sum())
+        with contextlib.nullcontext() if self._workers is None else self._workers.all_threads():
+            for x, target in loader:
+                if not self._compiled:
+                    x, target = trimmed(x, target)
+                with self._autocast():
+                    logits, wanted = self.model.logits_for(x.to(self.device), target.to(self.device))
+                kept = wanted != IGNORE
+                total += F.cross_entropy(logits.float(), wanted, ignore_index=IGNORE, reduction="sum").item()
+                correct += int((logits.argmax(-1) == wanted)[kept].sum())
+                count += int(kept.sum())
         self.model.train()
         return 100 * correct / max(count, 1), total / max(count, 1)
 
