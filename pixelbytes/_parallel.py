@@ -188,9 +188,7 @@ class GradientWorkers:
         torch.set_num_threads(self._threads)
 
 
-def _work(
-    pipe: Connection, weights: Tensor, gradients: Tensor, amp_dtype: torch.dtype | None, threads: int
-) -> None:
+def _work(pipe: Connection, weights: Tensor, gradients: Tensor, amp_dtype: torch.dtype | None, threads: int) -> None:
     """The worker: takes the pickled model, then parts of batches, until None or the end of the pipe."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     warnings.simplefilter("ignore")  # the parent computes the same and warns of it
@@ -208,7 +206,8 @@ def _work(
                         parameter.data = weight
                 else:
                     model.zero_grad(set_to_none=True)
-                    total, n_targets = _add_gradients(model, *map(torch.from_numpy, task), amp_dtype)
+                    x, target = map(torch.from_numpy, task)
+                    total, n_targets = _add_gradients(model, x, target, amp_dtype)
                     used = [index for index, parameter in enumerate(parameters) if parameter.grad is not None]
                     for index in used:
                         shared[index].copy_(parameters[index].grad)
@@ -219,9 +218,7 @@ def _work(
             pipe.send(answer)
 
 
-def _add_gradients(
-    model: SequenceModel, x: Tensor, target: Tensor, amp_dtype: torch.dtype | None
-) -> tuple[float, int]:
+def _add_gradients(model: SequenceModel, x: Tensor, target: Tensor, amp_dtype: torch.dtype | None) -> tuple[float, int]:
     """Gradients of the loss summed over the targets, so that those of parts can be added; the sum, and their number."""
     with torch.autocast("cpu", dtype=amp_dtype, enabled=amp_dtype is not None):
         loss, n_targets = model.loss(x, target)

@@ -72,6 +72,10 @@ class TrainConfig:
     eval_every: int = _option(1, "epochs between evaluations on the validation items")
     amp: str = _option("off", "mixed precision")
     workers: int = _option(0, "processes that load data")
+    processes: int | None = _option(
+        None,
+        "processes that share the windows of a step; default: on a CPU as many as cores, at most batch_size; else 1",
+    )
     device: str | None = _option(None, "cpu, cuda, cuda:1, ...; default: cuda where there is one")
     compile: bool = _option(False, "torch.compile the model")
 

@@ -34,7 +34,7 @@ from pixelbytes.train import Trainer
 FRACTIONS = (0.8, 0.1, 0.1)  # training, validation and test items
 LONGEST_WINDOW = 1024
 # What may differ when a run goes on.
-RESUMABLE = ("epochs", "max_minutes", "max_steps", "eval_every", "workers", "device", "compile")
+RESUMABLE = ("epochs", "max_minutes", "max_steps", "eval_every", "workers", "processes", "device", "compile")
 
 
 @dataclass
@@ -172,6 +172,8 @@ def train_run(
 ) -> Path:
     """Train, evaluate and draw samples; returns the run folder.
 
+    On a CPU this starts processes (`config.processes`): a script needs `if __name__ == "__main__":` around the call.
+
     Args:
         config: the settings. With `resume`, those of the folder, changed where RESUMABLE names them.
         path: the run folder; None makes a new one in runs/. One that holds anything is refused unless `resume`.
@@ -215,6 +217,7 @@ def train_run(
         with contextlib.suppress(OSError):  # a folder of an earlier run is not empty and stays
             path.rmdir()
         raise
+    say(f"training: on {device.type} in {trainer.processes} process{'es' if trainer.processes > 1 else ''}")
     write_json(path / "config.json", {"train": config.to_dict(), "seq_length": seq_length})
     tokenizer.save(path / "tokenizer.json")
     say(f"run: {path}")
@@ -255,10 +258,20 @@ def _trainer(
         max_steps=config.max_steps,
         amp=config.amp,
         num_workers=config.workers,
+        processes=_processes(config, device),
         device=device,
         resume=resume,
         run_dir=path,
     )
+
+
+def _processes(config: TrainConfig, device: torch.device) -> int:
+    """Where none are asked for, one for each thread of torch's: the cores it may use, or OMP_NUM_THREADS."""
+    if config.processes is not None:
+        return config.processes
+    if device.type != "cpu" or config.compile:
+        return 1
+    return min(torch.get_num_threads(), config.batch_size)
 
 
 def evaluate_run(
