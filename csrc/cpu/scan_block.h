@@ -228,9 +228,15 @@ struct ScanTask {
       T *at = delta[d].at(tile, t0), *slopes = slope ? slope->at(tile, t0) : nullptr;
       for (int64_t i = 0; i < (t1 - t0) * W; i += W) {
         const Vec<T> x = load(at + i) + b;
-        Vec<T> derivative;
-        store(at + i, a.delta_softplus ? select(is_valid, softplus(x, &derivative), Vec<T>{}) : x);
-        if (slopes) store(slopes + i, derivative);
+        if (!a.delta_softplus) {
+          store(at + i, x);
+        } else if (slopes) {
+          Vec<T> derivative;
+          store(at + i, select(is_valid, softplus(x, &derivative), Vec<T>{}));
+          store(slopes + i, derivative);
+        } else {
+          store(at + i, select(is_valid, softplus(x), Vec<T>{}));
+        }
       }
     }
   }

@@ -211,57 +211,64 @@ inline vd exp(vd x) {
   return x;
 }
 
-// log(1 + e) for finite e >= 0 without loss where e is small: the mantissa's offset from 1 is formed from e itself.
-inline vf log1p_nonnegative(vf e) {
-  const vf w = 1.0f + e;
+inline vf minus_magnitude(vf x) {
   vi bits;
-  memcpy(&bits, &w, sizeof w);
-  const vi k = (bits - 0x3f400000) >> 23;  // w = 2^k m with m in [0.75, 1.5)
-  vi scale_bits = 0x3f800000 - (k << 23);
-  vf scale;
-  memcpy(&scale, &scale_bits, sizeof scale);
-  const vf f = e * scale + (scale - 1.0f);
-  // Neighbours first: a third of the latency of one sum after the other.
-  const vf f2 = f * f, f4 = f2 * f2;
-  const vf low = (-0.5f + f * 0.33333394f) + f2 * (-0.25000247f + f * 0.199939f);
-  const vf high = (-0.16644402f + f * 0.14426741f) + f2 * (-0.1314556f + f * 0.10750065f) + f4 * -0.04858353f;
-  return f + f2 * (low + f4 * high) + __builtin_convertvector(k, vf) * kLn2;
+  memcpy(&bits, &x, sizeof x);
+  bits |= INT32_MIN;
+  memcpy(&x, &bits, sizeof x);
+  return x;
 }
-inline vd log1p_nonnegative(vd e) {
+inline vd minus_magnitude(vd x) { return x < 0 ? x : -x; }
+
+// log(1 + e) for 0 <= e <= 1, to 1.6e-7 of itself: e is added last, so that nothing is lost where it is small.
+inline vf log1p_unit(vf e) {
+  const vf e2 = e * e;
+  // Neighbours first: a third of the latency of one sum after the other.
+  const vf low = (-0.499996483f + e * 0.33321321f) + e2 * (-0.24857159f + e * 0.191536367f);
+  const vf high = (-0.137537614f + e * 0.0792040527f) + e2 * (-0.0300654937f + e * 0.00536474958f);
+  return e + e2 * (low + e2 * e2 * high);
+}
+inline vd log1p_unit(vd e) {
   for (int i = 0; i < kLanes<double>; ++i) e[i] = __builtin_log1p(e[i]);
   return e;
 }
 
-// 1 / x to about an ulp, for x = 1 + e^y: neither zero nor negative.
+// 1 / x for 1 <= x <= 2.
 inline vf reciprocal(vf x) {
 #if defined(__AVX512F__)
-  // A division takes as long as sixteen multiplications. Newton's step makes a NaN of infinity's reciprocal, hence the select.
-  const vf guess = (vf)_mm512_rcp14_ps((__m512)x), better = guess + guess * (1 - x * guess);
-  return select(x < splat(INFINITY), better, guess);
+  const vf guess = (vf)_mm512_rcp14_ps((__m512)x);  // and Newton's step: a division takes as long as sixteen multiplications
+  return guess + guess * (1 - x * guess);
 #else
   return 1 / x;
 #endif
 }
 inline vd reciprocal(vd x) { return 1 / x; }
 
-// Identity above 20, as in torch and mamba_ssm. The second form gives the derivative as well.
+// All by e^-|x|, which cannot overflow. Infinities and NaN come out as in torch; the derivative of softplus is the sigmoid.
 template <class V>
-inline V softplus(V x) {
-  return select(x > 20, x, log1p_nonnegative(exp(x)));
+inline V sigmoid(V x, V e) {
+  return select(x < 0, e, V{} + 1) * reciprocal(1 + e);
 }
-template <class V>
-inline V softplus(V x, V* derivative) {
-  const V e = exp(x);
-  *derivative = select(x > 20, V{} + 1, e * reciprocal(1 + e));
-  return select(x > 20, x, log1p_nonnegative(e));
-}
+// Softplus is the identity above 20, as in torch: there float has nothing left to add.
+inline vf softplus(vf x, vf e) { return at_least(x, vf{}) + log1p_unit(e); }
+inline vd softplus(vd x, vd e) { return select(x > 20, x, at_least(x, vd{}) + log1p_unit(e)); }
 template <class V>
 inline V sigmoid(V x) {
-  return reciprocal(1 + exp(-x));
+  return sigmoid(x, exp(minus_magnitude(x)));
 }
 template <class V>
 inline V silu(V x) {
-  return x * reciprocal(1 + exp(-x));
+  return x * sigmoid(x);
+}
+template <class V>
+inline V softplus(V x) {
+  return softplus(x, exp(minus_magnitude(x)));
+}
+template <class V>
+inline V softplus(V x, V* derivative) {
+  const V e = exp(minus_magnitude(x));
+  *derivative = select(x > 20, V{} + 1, sigmoid(x, e));
+  return softplus(x, e);
 }
 
 // ---- transposes and sums across lanes, by log2(lanes) rounds of interleaving ------------------------------------------
