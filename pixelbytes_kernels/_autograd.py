@@ -1,11 +1,25 @@
-"""Autograd inside of registered ops, for the backends in pure PyTorch."""
+"""What the ops share of autograd: functions that are differentiable once, and gradients inside of registered ops."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from torch.autograd import function
+
+
+def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """As torch's decorator of this name, whose cost a backward without `create_graph` does not pay: nothing is recorded there anyway."""
+    guarded = function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def chosen(ctx: Any, *grads: Any) -> Any:
+        return (guarded if torch.is_grad_enabled() else backward)(ctx, *grads)
+
+    return chosen
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ A backend is a module with `forward` and `backward`; see `cpu.py` for what they 
 
 from __future__ import annotations
 
+import functools
 import importlib
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.autograd.function import once_differentiable
 TENSORS = ("x", "weight", "bias", "seq_idx", "initial_states")
 
 
+@functools.cache
 def implementation(backend: str):
     return importlib.import_module(f".{'torch_path' if backend == 'torch' else backend}", __package__)
 

@@ -8,6 +8,7 @@ A backend is a module with `forward` and `backward`; see `cpu.py` for what they 
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,7 @@ WEIGHTS = ("emb", "conv_weight", "conv_bias", "alpha", "proj_weight", "proj_bias
 OPTIONAL = ("conv_weight", "conv_bias", "alpha", "proj_bias")
 
 
+@functools.cache
 def implementation(backend: str):
     return importlib.import_module(f".{backend}", __package__)
 

@@ -8,13 +8,15 @@ A backend is a module with `forward`, `backward` and `states_shape`; see `cpu.py
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from ..._autograd import once_differentiable
 
 
 class Direction(NamedTuple):
@@ -60,6 +62,7 @@ FIRST = ("u", "delta", "A", "B", "C", "D", "delta_bias", "initial_state")
 SECOND = tuple(f"{name}_rev" for name in FIRST[:7])
 
 
+@functools.cache
 def implementation(backend: str):
     return importlib.import_module(f".{'torch_path' if backend == 'torch' else backend}", __package__)
 
@@ -70,10 +73,13 @@ def compute_dtype(u: Tensor) -> torch.dtype:
 
 
 def directions_of(tensors: tuple[Tensor | None, ...], bidirectional: bool, reverse: bool) -> tuple[Direction, ...]:
-    first = Direction(*tensors[:8], reverse=reverse)  # type: ignore
+    """From the tensors as FIRST, and SECOND where `bidirectional`."""
+    u, delta, A, B, C, D, delta_bias, initial_state = tensors[:8]
+    first = Direction(u, delta, A, with_groups(B), with_groups(C), D, delta_bias, initial_state, reverse)
     if not bidirectional:
         return (first,)
-    return first, Direction(*tensors[8:15], reverse=not reverse)  # type: ignore
+    u, delta, A, B, C, D, delta_bias = tensors[8:15]
+    return first, Direction(u, delta, A, with_groups(B), with_groups(C), D, delta_bias, None, not reverse)
 
 
 def scan(
@@ -90,12 +96,12 @@ def scan(
     """Runs a checked scan: `first` as FIRST, `second` as SECOND or None. Returns out and the first direction's last state."""
     u = first[0]
     assert u is not None
-    tensors = [with_groups(t) if name[0] in "BC" else t for name, t in zip(FIRST, first, strict=True)]
-    if second is not None:
-        tensors += [with_groups(t) if name[0] in "BC" else t for name, t in zip(SECOND, second, strict=True)]
     options = Options(delta_softplus, scale, out_dtype or u.dtype)
+    tensors = [*first, *(second or ())]
     if not torch.compiler.is_compiling():
-        return Scan.apply(backend, options, second is not None, reverse, seq_idx, z, *tensors)
+        return Scan.apply(backend, options, reverse, seq_idx, z, *tensors)
+    names = (*FIRST, *SECOND)[: len(tensors)]
+    tensors = [with_groups(t) if name[0] in "BC" else t for name, t in zip(names, tensors, strict=True)]
     if second is None:
         ops = torch.ops.pixelbytes.selective_scan
         out, last_state, _ = ops(*tensors, z, seq_idx, delta_softplus, reverse, options.out_dtype, backend)
@@ -107,7 +113,7 @@ def scan(
 
 def with_groups(coefficient: Tensor | None) -> Tensor | None:
     """(batch, dstate, seqlen) as one group of (batch, groups, dstate, seqlen)."""
-    return coefficient[:, None] if coefficient is not None and coefficient.ndim == 3 else coefficient
+    return coefficient.unsqueeze(1) if coefficient is not None and coefficient.ndim == 3 else coefficient
 
 
 class Scan(torch.autograd.Function):
@@ -118,33 +124,34 @@ class Scan(torch.autograd.Function):
         ctx: Any,
         backend: str,
         options: Options,
-        bidirectional: bool,
         reverse: bool,
         seq_idx: Tensor | None,
         z: Tensor | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         keep = any(ctx.needs_input_grad)
-        directions = directions_of(tensors, bidirectional, reverse)
+        directions = directions_of(tensors, len(tensors) > len(FIRST), reverse)
         out, last_state, states = implementation(backend).forward(directions, z, seq_idx, options, keep)
         ctx.save_for_backward(states, seq_idx, z, *tensors)
-        ctx.config = backend, options, bidirectional, reverse
+        ctx.config = backend, options, reverse
         ctx.set_materialize_grads(False)
         return out, last_state
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor | None, dlast_state: Tensor | None) -> tuple[Tensor | None, ...]:
-        backend, options, bidirectional, reverse = ctx.config
+        backend, options, reverse = ctx.config
         states, seq_idx, z, *tensors = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(tensors[0], dtype=options.out_dtype)
-        directions = directions_of(tuple(tensors), bidirectional, reverse)
-        needs = ctx.needs_input_grad[6:], ctx.needs_input_grad[5]
+        directions = directions_of(tuple(tensors), len(tensors) > len(FIRST), reverse)
+        needs = ctx.needs_input_grad
         grads, dz, _ = implementation(backend).backward(
-            directions, z, seq_idx, options, states, dout, dlast_state, *needs
+            directions, z, seq_idx, options, states, dout, dlast_state, needs[5:], needs[4]
         )
-        return (None, None, None, None, None, dz, *grads)
+        # Of B and C without the axis that with_groups put in.
+        own = [g.squeeze(1) if g is not None and g.ndim > t.ndim else g for g, t in zip(grads, tensors, strict=True)]
+        return (None, None, None, None, dz, *own)
 
 
 # ---- registered ops ---------------------------------------------------------------------------------------------------
@@ -259,7 +266,7 @@ def states_size(backend: str, directions: tuple[Direction, ...]) -> tuple[int, .
     """Shape of what a backend keeps between forward and backward."""
     first = directions[0]
     assert first.u is not None and first.A is not None
-    groups = max([t.shape[1] for d in directions for t in (d.B, d.C) if t is not None and t.ndim == 4], default=1)
+    groups = next((t.shape[1] for d in directions for t in (d.B, d.C) if t is not None and t.ndim == 4), 1)
     batch, dim, seqlen = first.u.shape
     shape = implementation(backend).states_shape(batch, groups, dim, seqlen, first.A.shape[1], compute_dtype(first.u))
     return (len(directions), *shape)

@@ -30,8 +30,9 @@ def forward(
     first = directions[0]
     assert first.u is not None and first.A is not None
     u, dtype = first.u, compute_dtype(first.u)
+    batch, dim, _ = u.shape
     out = torch.empty_like(u, dtype=options.out_dtype)
-    last_state = u.new_empty(u.shape[0], u.shape[1], first.A.shape[1], dtype=dtype)
+    last_state = u.new_empty((batch, dim, first.A.shape[1]), dtype=dtype)
     states = u.new_empty(states_size("cpu", directions) if keep else (0,), dtype=dtype)
     if u.numel() == 0:
         last_state = last_state.zero_() if first.initial_state is None else last_state.copy_(first.initial_state)
@@ -70,23 +71,20 @@ def backward(
     dtype = compute_dtype(u)
     grads: list[Tensor | None] = []
     packed = []
-    batch, dim, seqlen = u.shape
     for i, d in enumerate(with_own_delta(directions)):
         tensors = d.tensors[: 8 if i == 0 else 7]
         # A delta lent to the second direction has its gradient wanted with the first one's.
         lent = i == 1 and directions[1].delta is None
-        need = [needs[1] if lent and k == 1 else n for k, n in enumerate(needs[len(grads) :])]
-        wanted = [t if n else None for t, n in zip(tensors, need, strict=False)]
-        du, ddelta, dA, dB, dC, dD, dbias = (
-            None if t is None else torch.empty_like(t) if k < 2 else t.new_empty(gradient_shape(t), dtype=dtype)
-            for k, t in enumerate(wanted[:7])
-        )
-        dinitial = None if i or wanted[7] is None else u.new_empty(wanted[7].shape, dtype=dtype)
-        results = (du, ddelta, dA, dB, dC, dD, dbias, dinitial)
+        need = list(needs[len(grads) : len(grads) + len(tensors)])
+        if lent:
+            need[1] = needs[1]
+        results = [
+            None if t is None or not n else torch.empty_like(t) if k < 2 else gradient_room(t, dtype)
+            for k, (t, n) in enumerate(zip(tensors, need, strict=True))
+        ]
         kept = states[i] if u.numel() else None
         packed.append((d.reverse, *d.tensors, None, kept, dlast_state if i == 0 else None, *results))
-        for _, result in zip(tensors, results, strict=False):
-            grads.append(result.transpose(-1, -2) if result is not None and result.ndim == 4 else result)
+        grads += [g.transpose(-1, -2) if g is not None and g.ndim == 4 else g for g in results]
     if dz is None and needs_z and z is not None:
         dz = torch.empty_like(z)
     if u.numel() == 0:
@@ -111,9 +109,17 @@ def backward(
     flat = tensors_of(directions)
     if len(grads) > 8 and flat[9] is None and grads[1] is not None and grads[9] is not None:  # see with_own_delta
         grads[1], grads[9] = grads[1] + grads[9], None
-    return [g if g is None or t is None else g.to(t.dtype) for g, t in zip(grads, flat, strict=True)], dz, out
+    return [in_dtype_of(t, g) for g, t in zip(grads, flat, strict=True)], dz, out
 
 
-def gradient_shape(t: Tensor) -> tuple[int, ...]:
-    """Coefficients that vary in time get their gradient with the state innermost, as the kernel writes it."""
-    return (*t.shape[:2], t.shape[3], t.shape[2]) if t.ndim == 4 else tuple(t.shape)
+def gradient_room(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Contiguous. Coefficients that vary in time get their gradient with the state innermost, as the kernel writes it."""
+    if t.ndim == 4:
+        batch, groups, dstate, seqlen = t.shape
+        return t.new_empty((batch, groups, seqlen, dstate), dtype=dtype)
+    return torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def in_dtype_of(t: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    """`Tensor.to` takes its time also where there is nothing to do."""
+    return grad if grad is None or t is None or grad.dtype == t.dtype else grad.to(t.dtype)

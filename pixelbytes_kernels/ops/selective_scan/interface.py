@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..._backend import resolve
-from ..._check import require_device, require_floats, require_ints, require_shape
+from ..._check import fit, require_device, require_floats, require_ints, require_shape
 from .reference import selective_scan_ref
 
 IMPLEMENTED = ("reference", "torch", "cpu", "cuda", "triton")
@@ -100,6 +100,14 @@ def check_scan(
     suffix: str = "",
 ) -> None:
     """Raises unless shapes, dtypes and devices of one direction fit together; `suffix` goes on the names in messages."""
+
+    if u.ndim == 3 and A.ndim == 2 and 1 <= A.shape[1] <= MAX_DSTATE and seq_idx is None:
+        batch, dim, seqlen = u.shape
+        dstate = A.shape[1]
+        row, state, per_channel = (batch, dim, seqlen), (batch, dstate, seqlen), (dim,)
+        rows = (u, row), (delta, row), (z, row), (B, state), (C, state), (initial_state, (batch, dim, dstate))
+        if fit(u, *rows, (A, (dim, dstate)), (D, per_channel), (delta_bias, per_channel)):
+            return
 
     def named(**tensors: Tensor | None) -> dict[str, Tensor | None]:
         return {name + suffix: tensor for name, tensor in tensors.items()}
