@@ -9,7 +9,7 @@ from PIL import Image
 from pixelbytes.cli import main
 from pixelbytes.palette import NES55
 
-TINY = ["--model", "rnn", "--dim", "16", "--depth", "1", "--max-steps", "3", "--device", "cpu"]
+TINY = ["--model", "rnn", "--dim", "16", "--depth", "1", "--max-steps", "3", "--device", "cpu", "--processes", "1"]
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-TINY = ["--model", "rnn", "--dim", "16", "--depth", "1", "--max-steps", "1", "--device", "cpu"]
+TINY = ["--model", "rnn", "--dim", "16", "--depth", "1", "--max-steps", "1", "--device", "cpu", "--processes", "1"]
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from pixelbytes import runs
 from pixelbytes.dataset import PxByDataset
 from pixelbytes.models import from_pretrained
 
-TINY = ["--model", "rnn", "--dim", "16", "--depth", "1", "--max-steps", "3", "--device", "cpu"]
+TINY = ["--model", "rnn", "--dim", "16", "--depth", "1", "--max-steps", "3", "--device", "cpu", "--processes", "1"]
 FILES = {
     "config.json",
     "tokenizer.json",
@@ -150,13 +150,14 @@ def test_the_default_job_on_a_few_items(command):
     code, out, _ = command("train", "--limit", 12, "--max-steps", 1, "--dim", 16, "--depth", 1, "--device", "cpu")
     assert code == 0
     assert "BysMamba" in out and "causal" in out and "openmoji" in out
+    assert f"training: on cpu in {min(torch.get_num_threads(), 2)} process" in out  # two windows a step
     model = from_pretrained("runs/mamba-001/best")
     assert model.causal and model.config.norm
 
 
 def test_the_papers_objective_is_one_flag_away(command, data_folder):
     options = ["--seq-length", 16, "--max-steps", 2, "--dim", 16, "--state", 4, "--depth", 1, "--device", "cpu"]
-    code, out, _ = command("train", "--data", data_folder, "--bidirectional", *options)
+    code, out, _ = command("train", "--data", data_folder, "--bidirectional", "--processes", 1, *options)
     assert code == 0 and "bidirectional" in out
     assert not from_pretrained("runs/mamba-001/best").causal
     assert command("generate", "--prompt", "chat", "--seed", 0, "--max-tokens", 60)[0] == 0
@@ -165,20 +166,22 @@ def test_the_papers_objective_is_one_flag_away(command, data_folder):
 def test_ctrl_c_leaves_a_run_that_goes_on(data_folder, tmp_path):
     run = tmp_path / "run"
     program = "import sys; from pixelbytes.cli import main; sys.exit(main())"
-    options = [a for a in TINY if a not in ("--max-steps", "3")] + ["--max-minutes", "1", "--data", str(data_folder)]
+    options = [a for a in TINY if a not in ("--max-steps", "3")]  # of an option given twice the second counts
+    options += ["--processes", "2", "--max-minutes", "1", "--data", str(data_folder)]
     process = subprocess.Popen(
         [sys.executable, "-u", "-c", program, "train", "--run", str(run), *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
     )
     assert process.stdout is not None
     for line in process.stdout:
         if "Average Training Loss" in line:
             break
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: every process of the group gets it
+    out, err = process.communicate(timeout=60)  # to the end of stdout, which every process of it holds
     assert process.returncode == 130, err
     assert "Traceback" not in err and "Interrupted in epoch" in out
     assert from_pretrained(run / "last") is not None
