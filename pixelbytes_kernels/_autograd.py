@@ -1,4 +1,4 @@
-"""What the ops share of autograd: functions that are differentiable once, and gradients inside of registered ops."""
+"""What the autograd functions of the ops share; and gradients inside of registered ops."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import function
 
 
@@ -20,6 +21,16 @@ def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
         return (guarded if torch.is_grad_enabled() else backward)(ctx, *grads)
 
     return chosen
+
+
+def without_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """As `torch.autocast(device, enabled=False)`, which takes its time also where autocast is off."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+
+
+def in_dtype_of(tensor: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    """`grad` in the dtype of its tensor. `Tensor.to` takes its time also where there is nothing to do."""
+    return grad if grad is None or tensor is None or grad.dtype == tensor.dtype else grad.to(tensor.dtype)
 
 
 @contextlib.contextmanager

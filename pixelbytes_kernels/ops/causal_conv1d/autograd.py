@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from ..._autograd import once_differentiable
 
 TENSORS = ("x", "weight", "bias", "seq_idx", "initial_states")
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..._autograd import in_dtype_of
 from ..._backend import load_extension
 
 
@@ -47,8 +48,8 @@ def backward(
     double = x.dtype == torch.float64
     wide = torch.float64 if double else torch.float32
     dx = torch.empty_like(x) if dx is None and needs[0] else dx
-    dweight = weight.new_empty(weight.shape, dtype=wide) if needs[1] else None
-    dbias = bias.new_empty(bias.shape, dtype=wide) if bias is not None and needs[2] else None
+    dweight = torch.empty_like(weight, dtype=wide, memory_format=torch.contiguous_format) if needs[1] else None
+    dbias = torch.empty_like(bias, dtype=wide) if bias is not None and needs[2] else None
     dinitial = torch.empty_like(initial) if initial is not None and needs[4] else None
     if x.numel() == 0:
         for grad in (dweight, dbias, dinitial):
@@ -60,9 +61,4 @@ def backward(
         cpu.conv_backward(
             tuple(tensors), silu, reverse, double, torch.get_num_threads(), dout, dfinal, dx, dweight, dbias, dinitial
         )
-    return (
-        dx,
-        None if dweight is None else dweight.to(weight.dtype),
-        None if dbias is None or bias is None else dbias.to(bias.dtype),
-        dinitial,
-    )
+    return dx, in_dtype_of(weight, dweight), in_dtype_of(bias, dbias), dinitial

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..._backend import resolve
-from ..._check import require_device, require_floats, require_ints, require_shape
+from ..._check import fit, require_device, require_floats, require_ints, require_shape
 from .reference import causal_conv1d_ref
 
 IMPLEMENTED = ("reference", "torch", "cpu", "cuda", "triton")
@@ -48,13 +48,14 @@ def causal_conv1d(
     """
     op = "causal_conv1d"
     silu = check_conv(op, x, weight, bias, activation)
-    require_floats(op, initial_states=initial_states)
-    require_ints(op, seq_idx=seq_idx)
-    require_device(op, x, seq_idx=seq_idx, initial_states=initial_states)
-    require_shape(op, "x", x, batch=-1, dim=-1, seqlen=-1)
-    batch, dim, seqlen = x.shape
-    require_shape(op, "seq_idx", seq_idx, batch=batch, seqlen=seqlen)
-    require_shape(op, "initial_states", initial_states, batch=batch, dim=dim, states=weight.shape[1] - 1)
+    if x.ndim != 3 or seq_idx is not None or initial_states is not None:
+        require_floats(op, initial_states=initial_states)
+        require_ints(op, seq_idx=seq_idx)
+        require_device(op, x, seq_idx=seq_idx, initial_states=initial_states)
+        require_shape(op, "x", x, batch=-1, dim=-1, seqlen=-1)
+        batch, dim, seqlen = x.shape
+        require_shape(op, "seq_idx", seq_idx, batch=batch, seqlen=seqlen)
+        require_shape(op, "initial_states", initial_states, batch=batch, dim=dim, states=weight.shape[1] - 1)
     name = resolve(op, backend, x, IMPLEMENTED)
     if name == "reference":
         return causal_conv1d_ref(
@@ -69,6 +70,10 @@ def causal_conv1d(
 
 def check_conv(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> bool:
     """Raises unless weight and bias fit x; returns whether there is a SiLU."""
+    if x.ndim > 1 and weight.ndim == 2 and 2 <= weight.shape[1] <= 4 and activation in (None, "silu", "swish"):
+        dim = x.shape[1]  # the usual call; what does not fit it is looked at name by name below
+        if fit(x, (x, tuple(x.shape)), (weight, (dim, weight.shape[1])), (bias, (dim,))):
+            return activation is not None
     require_floats(op, x=x, weight=weight, bias=bias)
     require_device(op, x, weight=weight, bias=bias)
     if activation not in (None, "silu", "swish"):

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..._autograd import in_dtype_of, once_differentiable, without_autocast
 from ..causal_conv1d import autograd as conv
 from ..selective_scan import autograd as scan
 
@@ -62,8 +62,9 @@ def weights_of(
         sides.append({**named, **own})
     for side in sides:
         for name in ("x_proj", "dt_proj", "B_bias", "C_bias"):
-            if side[name] is not None:
-                side[name] = side[name].to(dtype)  # type: ignore[union-attr]
+            tensor = side[name]
+            if tensor is not None and tensor.dtype != dtype:
+                side[name] = tensor.to(dtype)
     return [Weights(**side) for side in sides]  # type: ignore[arg-type]
 
 
@@ -138,7 +139,7 @@ class Inner(torch.autograd.Function):
         *rest: Any,
     ):
         ctx.set_materialize_grads(False)
-        with torch.autocast(xz.device.type, enabled=False):
+        with without_autocast(xz.device.type):
             weights = weights_of(rest[:11], rest[11:] if options.bidirectional else None, xz.dtype)
             x, z = xz.chunk(2, dim=1)
             inputs = [inputs_of(x, w, seq_idx, options.reverse != bool(k), options) for k, w in enumerate(weights)]
@@ -160,7 +161,7 @@ class Inner(torch.autograd.Function):
         states, seq_idx, xz, out_proj, out_bias, *rest = ctx.saved_tensors
         if dout is None:
             return (None,) * (5 + len(rest))
-        with torch.autocast(xz.device.type, enabled=False):
+        with without_autocast(xz.device.type):
             first, second = tuple(rest[:11]), tuple(rest[11:]) if options.bidirectional else None
             weights = weights_of(first, second, xz.dtype)
             x, z = xz.chunk(2, dim=1)
@@ -176,8 +177,8 @@ class Inner(torch.autograd.Function):
                 directions, z, seq_idx, scan_options, states, dy, None, needs, True, dz, y
             )
             dout_rows, y_rows = dout.reshape(-1, dout.shape[-1]), y.transpose(1, 2).reshape(-1, y.shape[1])
-            dout_proj = (dout_rows.T @ y_rows).to(out_proj.dtype)
-            dout_bias = None if out_bias is None else dout_rows.sum(0).to(out_bias.dtype)
+            dout_proj = in_dtype_of(out_proj, dout_rows.T @ y_rows)
+            dout_bias = None if out_bias is None else in_dtype_of(out_bias, dout_rows.sum(0))
             sides = []
             for k, (w, i) in enumerate(zip(weights, inputs, strict=True)):
                 of_direction = grads[8 * k : 8 * k + 7]
@@ -202,16 +203,16 @@ def side_gradients(
     """From the gradients of the scan's inputs to those of x and of one direction's weights, by name."""
     du, ddelta, dA, dB, dC, dD, ddelta_bias = grads
     assert du is not None and ddelta is not None and dB is not None and dC is not None
-    rank, dstate, width = w.dt_proj.shape[1], w.A.shape[1], w.x_proj.shape[0]
+    rank = w.dt_proj.shape[1]
     ddelta_rows = ddelta.transpose(1, 2)
-    drows = i.delta_rows.new_zeros(*i.delta_rows.shape[:2], width)
-    drows[..., :rank] = normed_gradient(ddelta_rows @ w.dt_proj, i.delta_rows, options.rms_eps)
+    parts = [normed_gradient(ddelta_rows @ w.dt_proj, i.delta_rows, options.rms_eps)]  # of x_proj's rows, in order
     if i.B_rows is not None:
         dB = normed_gradient(dB[:, 0].transpose(1, 2), i.B_rows, options.rms_eps)
-        drows[..., rank : rank + dstate] = dB
+        parts.append(dB)
     if i.C_rows is not None:
         dC = normed_gradient(dC[:, 0].transpose(1, 2), i.C_rows, options.rms_eps)
-        drows[..., width - dstate :] = dC
+        parts.append(dC)
+    drows = torch.cat(parts, dim=-1)
     flat = drows.reshape(-1, drows.shape[-1])
     du_rows = torch.baddbmm(du.transpose(1, 2), drows, w.x_proj.expand(drows.shape[0], -1, -1))
     found: dict[str, Tensor | None] = {
@@ -254,5 +255,5 @@ def merge(
     return merged
 
 
-def like(tensor: Tensor, grad: Tensor) -> Tensor:
-    return grad.reshape(tensor.shape).to(tensor.dtype)
+def like(tensor: Tensor, grad: Tensor) -> Tensor | None:
+    return in_dtype_of(tensor, grad if grad.shape == tensor.shape else grad.reshape(tensor.shape))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..._backend import resolve
-from ..._check import require_device, require_floats, require_ints, require_shape
+from ..._check import fit, require_device, require_floats, require_ints, require_shape
 from ..causal_conv1d.interface import causal_conv1d
 from ..selective_scan.interface import IMPLEMENTED, MAX_DSTATE, selective_scan
 from .reference import inner_inputs, mamba_inner_ref
@@ -130,6 +130,8 @@ def check_inner(
     suffix: str = "",
 ) -> None:
     """Raises unless one direction's weights, in the order of mamba_inner's arguments, fit xz; `suffix` goes on their names."""
+    if _is_usual(xz, out_proj_weight, out_proj_bias, weights, seq_idx):
+        return
     names = ("conv1d_weight", "conv1d_bias", "x_proj_weight", "delta_proj_weight", "A", "B", "C", "D", "delta_bias", "B_proj_bias",
              "C_proj_bias")  # fmt: skip
     named = {name + suffix: t for name, t in zip(names, weights, strict=True)}
@@ -171,3 +173,30 @@ def check_inner(
         else:
             require_shape(op, name, t, batch=batch, groups=1, dstate=dstate, seqlen=seqlen)
     require_shape(op, "seq_idx", seq_idx, batch=batch, seqlen=seqlen)
+
+
+def _is_usual(
+    xz: Tensor,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    weights: tuple[Tensor | None, ...],
+    seq_idx: Tensor | None,
+) -> bool:
+    """Whether everything fits and B, C and seq_idx are None; False where `check_inner` has to look at each by name."""
+    conv_weight, conv_bias, x_proj, dt_proj, A, B, C, D, delta_bias, B_bias, C_bias = weights
+    given = B is not None or C is not None or seq_idx is not None
+    if given or conv_weight is None or x_proj is None or dt_proj is None or A is None:
+        return False
+    if not (xz.ndim == 3 and A.ndim == dt_proj.ndim == out_proj_weight.ndim == 2 <= conv_weight.ndim <= 3):
+        return False
+    batch, two_dim, seqlen = xz.shape
+    dim, width, dstate, rank = two_dim // 2, conv_weight.shape[-1], A.shape[1], dt_proj.shape[1]
+    channel, state, d_model = (dim,), (dstate,), out_proj_weight.shape[0]
+    conv_shape = (dim, width) if conv_weight.ndim == 2 else (dim, 1, width)
+    return (
+        2 <= width <= 4
+        and 1 <= dstate <= MAX_DSTATE
+        and fit(xz, (xz, (batch, 2 * dim, seqlen)), (conv_weight, conv_shape), (conv_bias, channel), (A, (dim, dstate)))
+        and fit(xz, (x_proj, (rank + 2 * dstate, dim)), (dt_proj, (dim, rank)), (D, channel), (delta_bias, channel))
+        and fit(xz, (out_proj_weight, (d_model, dim)), (out_proj_bias, (d_model,)), (B_bias, state), (C_bias, state))
+    )

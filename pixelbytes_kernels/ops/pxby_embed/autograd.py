@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from ..._autograd import once_differentiable
 
 WEIGHTS = ("emb", "conv_weight", "conv_bias", "alpha", "proj_weight", "proj_bias", "norm_weight", "norm_bias")
 OPTIONAL = ("conv_weight", "conv_bias", "alpha", "proj_bias")

@@ -15,7 +15,7 @@ def forward(tokens: Tensor, weights: Sequence[Tensor | None], eps: float, folded
     """(batch, seqlen, D) in the dtype of the weights. `folded`: None chooses by the sizes."""
     emb, proj_weight = weights[0], weights[4]
     assert emb is not None and proj_weight is not None
-    out = emb.new_empty(*tokens.shape[:2], proj_weight.shape[0])
+    out = emb.new_empty((*tokens.shape[:2], proj_weight.shape[0]))
     if out.numel():
         extension().pxby_embed_forward((tokens, *weights), eps, *options(tokens, emb, proj_weight, folded), out)
     return out
@@ -32,9 +32,9 @@ def backward(
     """Gradients of the weights, None where absent or not needed; the inputs are all that the forward has to keep."""
     emb, proj_weight = weights[0], weights[4]
     assert emb is not None and proj_weight is not None
-    make = torch.empty if dout.numel() else torch.zeros
+    make = torch.empty_like if dout.numel() else torch.zeros_like
     grads = [
-        None if w is None or not need else make(w.shape, dtype=w.dtype, device=w.device)
+        None if w is None or not need else make(w, memory_format=torch.contiguous_format)
         for w, need in zip(weights, needs, strict=True)
     ]
     if dout.numel():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..._backend import resolve
-from ..._check import require_device, require_floats, require_ints, require_shape
+from ..._check import INTS, fit, require_device, require_floats, require_ints, require_shape
 from .reference import pxby_embed_ref
 
 IMPLEMENTED = ("reference", "torch", "cpu", "cuda", "triton")
@@ -85,6 +85,15 @@ def check_embed(
     norm_bias: Tensor,
 ) -> None:
     """Raises unless shapes, dtypes and devices fit together."""
+    # The usual call first; what does not fit it is looked at name by name below.
+    windows = tokens.dtype in INTS and tokens.shape[2:] == (3, 3)
+    if windows and emb.ndim == proj_weight.ndim == 2 and conv_weight is not None:
+        (vocab, width), dim = emb.shape, proj_weight.shape[0]
+        shapes = (vocab, width), (width, width, 3, 3), (width,), (1, 1, 3, 3), (dim, 9 * width), (dim,), (dim,), (dim,)
+        ordered = (emb, conv_weight, conv_bias, alpha, proj_weight, proj_bias, norm_weight, norm_bias)
+        alike = all(w is None or w.dtype == emb.dtype for w in ordered)
+        if alike and 0 not in (vocab, width, dim) and fit(tokens, *zip(ordered, shapes, strict=True)):
+            return
     weights = {
         "emb": emb,
         "conv_weight": conv_weight,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..._autograd import in_dtype_of
 from ..._backend import load_extension
 from .autograd import Direction, Options, compute_dtype, states_size, tensors_of, with_own_delta
 
@@ -118,8 +119,3 @@ def gradient_room(t: Tensor, dtype: torch.dtype) -> Tensor:
         batch, groups, dstate, seqlen = t.shape
         return t.new_empty((batch, groups, seqlen, dstate), dtype=dtype)
     return torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)
-
-
-def in_dtype_of(t: Tensor | None, grad: Tensor | None) -> Tensor | None:
-    """`Tensor.to` takes its time also where there is nothing to do."""
-    return grad if grad is None or t is None or grad.dtype == t.dtype else grad.to(t.dtype)

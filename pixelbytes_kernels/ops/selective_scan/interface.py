@@ -100,7 +100,7 @@ def check_scan(
     suffix: str = "",
 ) -> None:
     """Raises unless shapes, dtypes and devices of one direction fit together; `suffix` goes on the names in messages."""
-
+    # The usual call first; what does not fit it is looked at name by name below.
     if u.ndim == 3 and A.ndim == 2 and 1 <= A.shape[1] <= MAX_DSTATE and seq_idx is None:
         batch, dim, seqlen = u.shape
         dstate = A.shape[1]
