@@ -85,12 +85,18 @@ struct Rows {
   Block<T> block(Tiles tiles, int64_t time) const { return {at(tiles.first, time), steps * kLanes<T>, int(tiles.count)}; }
 };
 
-// Calls f(n, count as a constant) for the states in passes of kStates, the rest one by one.
-inline int passes_of(int64_t dstate) { return int(dstate / kStates + dstate % kStates); }
-template <class F>
+// Calls f(n, count as a constant) for the states in passes of kMost, then of kStates, the rest one by one.
+template <int kMost>
+inline int64_t passes_of(int64_t dstate) {
+  const int64_t rest = dstate % kMost;
+  return dstate / kMost + rest / kStates + rest % kStates;
+}
+template <int kMost, class F>
 inline void for_states(int64_t dstate, F&& f) {
   int64_t n = 0;
-  for (; n + kStates <= dstate; n += kStates) f(n, ConstantInt<kStates>{});
+  for (; n + kMost <= dstate; n += kMost) f(n, ConstantInt<kMost>{});
+  if constexpr (kMost > kStates)
+    for (; n + kStates <= dstate; n += kStates) f(n, ConstantInt<kStates>{});
   for (; n < dstate; ++n) f(n, ConstantInt<1>{});
 }
 
@@ -105,22 +111,24 @@ class AheadList {
     for (begin -= reinterpret_cast<uintptr_t>(begin) & 63; begin < end; begin += 2 * 64) add(begin, rows, pitch);
   }
   void add(const char* begin, int64_t rows, int64_t pitch) {
-    for (int64_t row = 0; row < rows && count_ < kMax; row += kChunk) all_[count_++] = {begin + row * pitch, pitch};
+    for (int64_t row = 0; row < rows && count_ < kMax; row += kChunk)
+      all_[count_++] = {begin + row * pitch, pitch, int(rows - row < kChunk ? rows - row : kChunk)};
   }
   void deal(int64_t passes) { each_ = (count_ + passes - 1) / passes; }
   // What the next pass asks for; if it takes more, the others are asked for now.
   Ahead next() {
-    if (at_ >= count_) return {reinterpret_cast<const char*>(this), 0};
-    const Ahead first = all_[at_];
     const int64_t end = at_ + each_ < count_ ? at_ + each_ : count_;
-    while (++at_ < end)
-      for (int i = 0; i < kChunk; ++i) prefetch_lines(all_[at_].line + i * all_[at_].pitch);
-    return first;
+    const Ahead ahead{take(end), take(end)};
+    for (; at_ < end; ++at_)
+      while (all_[at_].count > 0) all_[at_].ask();
+    return ahead;
   }
 
  private:
+  LineRows take(int64_t end) { return at_ < end ? all_[at_++] : LineRows{}; }
+
   static constexpr int64_t kMax = 128;
-  Ahead all_[kMax];
+  LineRows all_[kMax];
   int64_t count_ = 0, at_ = 0, each_ = 0;
 };
 
@@ -309,11 +317,11 @@ struct ScanTask {
   }
 
   // Where the inner loops start for states n, n + 1, ... of a tile and a run of the chunk at t0.
-  Steps<T> steps(int d, int64_t tile, int64_t t0, int64_t n, const Run& run, Ahead ahead) {
+  Steps<T> steps(int d, int64_t tile, int64_t t0, int64_t n, const Run& run, const Ahead& ahead) {
     const T* at_B = B + (varies(&ScanDirection::B, d) ? run.offset * pitch_B + n : (tile * p.dstate + n) * W);
     const T* at_C = C + (varies(&ScanDirection::C, d) ? run.offset * pitch_C + n : (tile * p.dstate + n) * W);
     return {run.count, a.direction[d].reverse ? -1 : 1, rows_u(d).at(tile, t0 + run.offset), rows_delta(d).at(tile, t0 + run.offset),
-            at_B, at_C, pitch_B, pitch_C, {ahead.line + run.begin * ahead.pitch, ahead.pitch}};
+            at_B, at_C, pitch_B, pitch_C, ahead.from(run.begin)};
   }
 };
 

@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kChunk = 32;  // steps between stored states: what the backward recomputes at once stays in the L1 cache
 constexpr int kStates = 4;  // states a pass: 4 of h, 4 of A and the constants of exp2 fit 16 registers, and cover the latency
+constexpr int kForwardStates = kVecBytes == 64 ? 8 : kStates;  // with 32 registers; the backward's arrays of a pass would outgrow L1
 
 // B or C at one time step for states n, n + 1, ...; kVaries: `p` is at (time, n) of a (time, dstate) array, else at (n, lane).
 template <class T, bool kVaries>
@@ -19,10 +20,21 @@ inline Vec<T> coefficient(const T* p, int k) {
   else return load(p + k * kLanes<T>);
 }
 
-// Memory that is needed soon: two cache lines a step, so that the recurrence hides the wait.
-struct Ahead {
-  const char* line = nullptr;
+// Memory that is needed soon: `count` rows of two cache lines.
+struct LineRows {
+  const char* row = nullptr;
   int64_t pitch = 0;
+  int count = 0;
+
+  void ask() {
+    if (count-- > 0) prefetch_lines(row), row += pitch;
+  }
+  LineRows from(int step) const { return {row + step * pitch, pitch, count - step}; }
+};
+struct Ahead {  // asked for step by step, so that the recurrence hides the wait
+  LineRows first, second;
+  void step() { first.ask(), second.ask(); }
+  Ahead from(int step) const { return {first.from(step), second.from(step)}; }
 };
 
 template <class T>
@@ -46,12 +58,12 @@ inline void scan_steps(const Steps<T>& s, const T* A, const T* A2, T* h_io, T* y
     if constexpr (!kSafe) low[k] = log2e_remainder<T>(load(A + k * W), a[k]);
   }
   const T *u = s.u, *delta = s.delta, *B = s.B, *C = s.C;
-  const char* ahead = s.ahead.line;
+  Ahead ahead = s.ahead;
   for (int i = 0; i < s.count; ++i) {
-    prefetch_lines(ahead), ahead += s.ahead.pitch;
+    ahead.step();
     const Vec<T> d = load(delta), x = d * load(u);
     Vec<T> sum = load(y);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int k = 0; k < kCount; ++k) {
       const Vec<T> decay = kSafe ? exp2_product<true>(d, a[k]) : exp2_product<false>(d, a[k], low[k]);
       h[k] = decay * h[k] + coefficient<T, kVariesB>(B, k) * x;
@@ -76,10 +88,10 @@ inline void recompute_steps(const Steps<T>& s, const T* A, const T* A2, T* h_io,
     store(states + k * W, h[k]);
   }
   const T *u = s.u, *delta = s.delta, *B = s.B, *C = s.C;
-  const char* ahead = s.ahead.line;
+  Ahead ahead = s.ahead;
   for (int i = 0; i < s.count; ++i) {
     states += kCount * W;
-    prefetch_lines(ahead), ahead += s.ahead.pitch;
+    ahead.step();
     const Vec<T> d = load(delta), x = d * load(u);
     Vec<T> sum = kNeedY ? load(y) : Vec<T>{};
 #pragma GCC unroll 4
@@ -127,14 +139,14 @@ inline void sweep_steps(const Steps<T>& s, const Sweep<T>& g, const T* A) {
   const T *B = s.B + last * step_B, *C = s.C + last * step_C;
   const T *decays = g.decays + last * kCount * W, *states = g.states + last * kCount * W;
   T* sums = g.sums + last * Sums::kVectors * W;
-  const char* ahead = s.ahead.line;
+  Ahead ahead = s.ahead;
   const Mask<T> valid = lane_index<T>() < splat(T(g.valid));
   Vec<T> a[kCount], dh[kCount], dA[kCount], h[kCount];  // h: the state after the present step
   for (int k = 0; k < kCount; ++k) {
     a[k] = load(A + k * W), dh[k] = load(g.dh + k * W), dA[k] = load(g.dA + k * W), h[k] = load(states + (kCount + k) * W);
   }
   for (int i = last; i >= 0; --i) {
-    prefetch_lines(ahead), ahead += s.ahead.pitch;
+    ahead.step();
     const Vec<T> d = load(delta), x = d * load(u), gy = load(dy);
     Vec<T> sum_x = first ? Vec<T>{} : load(dx), sum_delta = first ? Vec<T>{} : load(ddelta);
     Vec<T> parts[Sums::kValues + 1];

@@ -27,7 +27,7 @@ struct Gradients {
   T* sums;                                           // (pass, step, kMaxVectors * lane), see Sweep
 
   static constexpr int64_t kMaxVectors = StepSums<T, kStates, true, true>::kVectors;
-  static int64_t sums_of(const Plan& p) { return passes_of(p.dstate) * kChunk * kMaxVectors * W; }
+  static int64_t sums_of(const Plan& p) { return passes_of<kStates>(p.dstate) * kChunk * kMaxVectors * W; }
 
   static int64_t bytes(const ScanArgs& a, const Plan& p) {
     const int64_t row = Rows<T>::size(p.block_tiles, a.directions == 2 && p.seqlen > kChunk ? p.seqlen : kChunk);
@@ -159,7 +159,7 @@ template <class T, bool kVariesB, bool kVariesC>
 void add_sums(const ScanTask<T>& k, const Gradients<T>& g, bool reverse, int64_t t0, int64_t t1, T* dB, T* dC) {
   constexpr int W = kLanes<T>;
   const T* pass = g.sums;
-  for_states(k.p.dstate, [&](int64_t n, auto states) {
+  for_states<kStates>(k.p.dstate, [&](int64_t n, auto states) {
     constexpr int N = decltype(states)::value;
     using Sums = StepSums<T, N, kVariesB, kVariesC>;
     if constexpr (Sums::kValues > 0) {
@@ -240,13 +240,13 @@ void backward_direction(ScanTask<T>& k, Gradients<T>& g, int d, const Partials<T
     if (last || k.separate_delta) soon(k.a.direction[k.separate_delta ? d : 0].ddelta, chunk);
     if (last) soon(k.a.dz, chunk), soon(k.a.out, chunk);
     k.add_coefficients_ahead(ahead, d, next);
-    ahead.deal(k.tiles * passes_of(p.dstate) * 2);
+    ahead.deal(k.tiles * passes_of<kStates>(p.dstate) * 2);
     const int count = find_runs(k.a.seq_idx, k.batch, t0, t1, p.seqlen, dir.reverse, runs);
     if (kVariesB || kVariesC) memset(g.sums, 0, size_t(g.sums_of(p)) * sizeof(T));
     for (int64_t tile = 0; tile < k.tiles; ++tile) {
       const bool safe = is_safe(k.rows_delta(d).at(tile, t0), t1 - t0, k.state(k.A2[d], tile, 0), p.dstate);
       T* sums = g.sums;
-      for_states(p.dstate, [&](int64_t n, auto states) {
+      for_states<kStates>(p.dstate, [&](int64_t n, auto states) {
         backward_pass<T, kVariesB, kVariesC, decltype(states)::value>(k, g, d, chunk, t0, tile, n, sums, runs, count, safe, ahead);
         sums += kChunk * g.kMaxVectors * kLanes<T>;
       });

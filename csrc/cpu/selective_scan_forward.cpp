@@ -54,11 +54,11 @@ void forward_direction(ScanTask<T>& k, int d) {
       k.add_kept_ahead(ahead, dir.states, next_part, next_chunk);
       if (last) k.add_ahead(ahead, k.a.z, next_part, next_chunk), k.add_ahead(ahead, k.a.out, next_part, next_chunk);
       if (turn) k.add_coefficients_ahead(ahead, d, next_chunk);
-      ahead.deal(step * passes_of(p.dstate));
+      ahead.deal(step * passes_of<kForwardStates>(p.dstate));
       for (int64_t tile = part.first; tile < part.end(); ++tile) {
         if (dir.states) memcpy(k.kept(dir.states, chunk, tile), k.state(k.h, tile, 0), size_t(p.dstate) * W * sizeof(T));
         const bool safe_tile = is_safe(k.rows_delta(d).at(tile, t0), t1 - t0, k.state(k.A2[d], tile, 0), p.dstate);
-        for_states(p.dstate, [&](int64_t n, auto states) {
+        for_states<kForwardStates>(p.dstate, [&](int64_t n, auto states) {
           constexpr int N = decltype(states)::value;
           const T *A = k.state(k.A[d], tile, n), *A2 = k.state(k.A2[d], tile, n);
           T* h = k.state(k.h, tile, n);
