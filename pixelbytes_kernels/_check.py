@@ -28,7 +28,7 @@ def require_shape(op: str, name: str, tensor: Tensor | None, **sizes: int) -> No
     wanted, got = tuple(sizes.values()), tuple(tensor.shape)
     if got == wanted:  # nearly always; what follows takes longer than the rest of a call's checks
         return
-    if len(got) != len(wanted) or any(w not in (-1, g) for w, g in zip(wanted, got, strict=True)):
+    if len(got) != len(wanted) or any(w != -1 and w != g for w, g in zip(wanted, got, strict=True)):
         words = ", ".join(key if size == -1 else f"{key}={size}" for key, size in sizes.items())
         raise ValueError(f"{op}: {name} must have shape ({words}), got {got}")
 

@@ -134,6 +134,15 @@ def test_compiles_whole(backend):
         torch.testing.assert_close(got[name], value, msg=name)
 
 
+@pytest.mark.parametrize("conv", [True, False])
+def test_compiles_with_sizes_that_vary(conv):
+    shapes = [(2, 7), (3, 11), (5, 20)]
+    compiled = torch.compile(pxby_embed, fullgraph=True, dynamic=True, backend="eager")
+    for batch, seqlen in shapes:
+        inputs = embed_inputs(batch, seqlen, 30, 16, conv=conv)
+        torch.testing.assert_close(compiled(**inputs), pxby_embed(**inputs))
+
+
 @needs_cpu
 def test_backward_saves_the_inputs_alone():
     inputs = embed_inputs(4, 100)

@@ -92,7 +92,7 @@ def check_embed(
         shapes = (vocab, width), (width, width, 3, 3), (width,), (1, 1, 3, 3), (dim, 9 * width), (dim,), (dim,), (dim,)
         ordered = (emb, conv_weight, conv_bias, alpha, proj_weight, proj_bias, norm_weight, norm_bias)
         alike = all(w is None or w.dtype == emb.dtype for w in ordered)
-        if alike and 0 not in (vocab, width, dim) and fit(tokens, *zip(ordered, shapes, strict=True)):
+        if alike and vocab > 0 and width > 0 and dim > 0 and fit(tokens, *zip(ordered, shapes, strict=True)):
             return
     weights = {
         "emb": emb,
