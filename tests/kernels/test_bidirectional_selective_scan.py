@@ -183,6 +183,8 @@ def test_gradcheck(backend, own):
 @backends
 @pytest.mark.parametrize("own", [(), ("delta_bias", "B"), OWN], ids="+".join)
 def test_opcheck(backend, own):
+    import pixelbytes_kernels.ops.selective_scan.autograd  # noqa: F401, registers the op
+
     inputs = inputs_with(own, 2, 6, 40, 3, groups=2, seq_idx=True)
     names = (*OWN, *(f"{n}_rev" for n in OWN), "z")
     tensors = [None if n not in inputs else inputs[n].detach().requires_grad_() for n in names]

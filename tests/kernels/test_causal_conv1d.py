@@ -237,6 +237,8 @@ def test_gradcheck(backend, reverse, activation, seqlen):
 @pytest.mark.parametrize("final", [False, True])
 @pytest.mark.parametrize("kwargs", [{}, {"initial_states": True, "seq_idx": True, "bias": False}], ids=str)
 def test_opcheck(backend, final, kwargs):
+    import pixelbytes_kernels.ops.causal_conv1d.autograd  # noqa: F401, registers the op
+
     inputs = conv_inputs(2, 6, 10, 4, channels_last=True, **kwargs)
     names = ("x", "weight", "bias", "seq_idx", "initial_states")
     tensors = [inputs.get(n) for n in names]
