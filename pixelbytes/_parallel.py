@@ -60,7 +60,7 @@ class GradientWorkers:
     (`pixelbytes_kernels.set_backend` does not reach them) and keep the buffers that the model has at the start.
 
     Args:
-        model: on the CPU; it must be picklable, and so must its class be importable.
+        model: on the CPU; picklable, so its class must be one that can be imported.
         processes: how many compute, at least 2.
         amp_dtype: of autocast; None for none.
 
