@@ -67,7 +67,7 @@ class TrainConfig:
     grad_clip: float = _option(0.3, "highest norm of the gradients")
     schedule: str = _option("cosine", "of the learning rate")
     epochs: int = _option(1000, "stop after this many epochs")
-    max_minutes: float | None = _option(4.6, "stop after this many minutes of training; 0: no limit")
+    max_minutes: float | None = _option(4.5, "stop after this many minutes of training; 0: no limit")
     max_steps: int | None = _option(None, "stop after this many steps")
     eval_every: int = _option(1, "epochs between evaluations on the validation items")
     amp: str = _option("off", "mixed precision")
