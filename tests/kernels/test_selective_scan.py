@@ -347,6 +347,23 @@ def test_huge_values(backend, dim, dtype, name, value):
     torch.testing.assert_close(out[finite], expected[finite], rtol=1e-3, atol=1e-3)
 
 
+@backends
+@both_directions
+def test_infinite_coefficients_make_infinite_gradients(backend, reverse):
+    """All signs agree, so that every sum is finite or infinite: a NaN would come from lanes that are no channels."""
+    inputs = scan_inputs(2, 17, 37, 5, z=False, delta_bias=False, delta_softplus=False)
+    inputs = {name: t.abs() if isinstance(t, torch.Tensor) and name != "A" else t for name, t in inputs.items()}
+    inputs["B"][0, 1, 20] = inputs["C"][1, 2, 20] = torch.inf
+    coefficients = [inputs[name].requires_grad_() for name in "BC"]
+    found = {
+        name: torch.autograd.grad(selective_scan(**inputs, reverse=reverse, backend=name).sum(), coefficients)
+        for name in (backend, "reference")
+    }
+    for got, expected in zip(found[backend], found["reference"], strict=True):
+        assert expected.isinf().any() and not expected.isnan().any()
+        assert torch.equal(got.isinf(), expected.isinf()) and not got.isnan().any()
+
+
 # ---- autograd, compile, memory -------------------------------------------------------------------
 
 OPTIONS = [
