@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 
 import pytest
 import torch
-from model_forms import make
-from torch.utils.data import Dataset, Subset
+from model_forms import CtrlC, assert_same, make, weights
+from torch.utils.data import Subset
 
 from pixelbytes._parallel import GradientWorkers
 from pixelbytes.dataset import PxByDataset
@@ -37,16 +36,6 @@ def trainer(data, folder, model=None, epochs=2, batch_size=8, **options):
     train, val = data
     options = {"val_dataset": val, "eval_every": 1, "quiet": True, "run_dir": folder, "processes": 2} | options
     return Trainer(model or make("rnn"), train, None, batch_size, 0.01, epochs, **options)
-
-
-def weights(model):
-    return {key: value.clone() for key, value in model.state_dict().items()}
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    for key in a:
-        assert torch.equal(a[key], b[key]), key
 
 
 def gradients(model):
@@ -103,25 +92,6 @@ def test_training_is_the_same_up_to_rounding_and_repeats_bit_for_bit(data, tmp_p
     resumed.train()
     assert_same(weights(two.model), weights(resumed.model))
     assert two.train_losses == resumed.train_losses
-
-
-class CtrlC(Dataset):
-    """Presses Ctrl-C in a terminal, which all processes of the group get, when asked for its `at`-th item."""
-
-    def __init__(self, inner, at):
-        self.inner, self.left = inner, at
-
-    def __len__(self):
-        return len(self.inner)
-
-    def __getitem__(self, index):
-        self.left -= 1
-        if self.left == 0:
-            for process in (multiprocessing.parent_process(), *multiprocessing.active_children()):
-                if process is not None:
-                    os.kill(process.pid, signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
-        return self.inner[index]
 
 
 class Dying(SimpleSeqModel):

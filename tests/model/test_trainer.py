@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import signal
 import subprocess
 import sys
@@ -12,8 +11,7 @@ import textwrap
 import pytest
 import torch
 import torch.nn.functional as F
-from model_forms import make
-from torch.utils.data import Dataset
+from model_forms import CtrlC, assert_same, make, weights
 
 from pixelbytes import _training
 from pixelbytes.dataset import PxByDataset
@@ -37,16 +35,6 @@ def trainer(data, folder, model=None, epochs=2, **options):
     return Trainer(model or make("rnn"), train, test, 8, 0.01, epochs, **options)
 
 
-def weights(model):
-    return {key: value.clone() for key, value in model.state_dict().items()}
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    for key in a:
-        assert torch.equal(a[key], b[key]), key
-
-
 @pytest.mark.parametrize("name", ["rnn", "mamba"])
 def test_two_and_two_epochs_are_four(name, data, tmp_path):
     whole = trainer(data, tmp_path / "a", make(name), epochs=4)
@@ -61,22 +49,6 @@ def test_two_and_two_epochs_are_four(name, data, tmp_path):
         {k: v for k, v in row.items() if k not in drop} for row in second.history
     ]
     assert whole.best_epoch == second.best_epoch
-
-
-class CtrlC(Dataset):
-    """Presses Ctrl-C when it is asked for its `at`-th item."""
-
-    def __init__(self, inner, at):
-        self.inner, self.left = inner, at
-
-    def __len__(self):
-        return len(self.inner)
-
-    def __getitem__(self, index):
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), signal.SIGINT)
-        return self.inner[index]
 
 
 def test_ctrl_c_within_an_epoch_loses_nothing(data, tmp_path):
