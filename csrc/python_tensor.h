@@ -23,8 +23,8 @@ struct Names {
 };
 inline Names g_names;
 
-// A tensor as DLPack 1 describes it, and the table with which torch 2.10 and up hands it out: one C call, a tenth of the time that the
-// attributes take. Layouts as in DLPack's specification (https://dmlc.github.io/dlpack), which only a new major version may change.
+// A tensor as DLPack 1 describes it, and the table with which torch 2.10 and up hands it out: one C call instead of five attributes.
+// Layouts as in DLPack's specification (https://dmlc.github.io/dlpack), which only a new major version may change.
 struct DlTensor {
   void* data;
   int32_t device, device_number, ndim;

@@ -12,7 +12,7 @@ INTS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 def fit(first: Tensor, *wanted: tuple[Tensor | None, tuple[int, ...]]) -> bool:
     """Whether every tensor has a floating dtype, the device of `first` and exactly its shape; None fits.
 
-    The usual call passes its checks by this alone, in a quarter of the time. False says no more than: check each by name.
+    The usual call passes its checks by this alone, which is fast. False says no more than: check each by name.
     """
     device = first.device
     for tensor, shape in wanted:

@@ -6,7 +6,7 @@
 namespace pixelbytes {
 namespace {
 
-constexpr int64_t kMaxBlockTiles = 4;   // sharing B, C and the sums of dB, dC between more tiles gains less than the L2 cache loses
+constexpr int64_t kMaxBlockTiles = 4;   // eight were slower at large sizes: they share B, C and the sums of dB, dC, but fill more cache
 constexpr int64_t kMaxRowSteps = 4096;  // of all tiles of a block: the whole rows that two directions keep fill about the L2 cache
 constexpr int64_t kWantedTasks = 4;     // so that a batch of one keeps several threads busy
 

@@ -91,7 +91,6 @@ inline V at_most(V x, V high) {
 // low mantissa bits. Relative error below 1.1e-7 on every path.
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLog2eLow = float(1.4426950408889634 - double(1.4426950408889634f));
-constexpr float kLn2 = 0.6931471805599453f;
 
 #if defined(__AVX512F__)
 constexpr float kMagic = 393216.0f;  // 1.5 * 2^(23 - 5): 32 steps per octave
@@ -236,7 +235,7 @@ inline vd log1p_unit(vd e) {
 // 1 / x for 1 <= x <= 2.
 inline vf reciprocal(vf x) {
 #if defined(__AVX512F__)
-  const vf guess = (vf)_mm512_rcp14_ps((__m512)x);  // and Newton's step: a division takes as long as sixteen multiplications
+  const vf guess = (vf)_mm512_rcp14_ps((__m512)x);  // and Newton's step, since a division blocks its port for many cycles
   return guess + guess * (1 - x * guess);
 #else
   return 1 / x;

@@ -16,6 +16,7 @@ from kernel_forms import (
     gradcheck,
     needs_cpu,
 )
+from torch import library
 
 from pixelbytes_kernels import bidirectional_selective_scan, bidirectional_selective_scan_ref, selective_scan
 from pixelbytes_kernels.testing import assert_matches, run, scan_inputs
@@ -189,7 +190,7 @@ def test_opcheck(backend, own):
     names = (*OWN, *(f"{n}_rev" for n in OWN), "z")
     tensors = [None if n not in inputs else inputs[n].detach().requires_grad_() for n in names]
     rest = (inputs["seq_idx"], True, 0.5, torch.float32, backend)
-    torch.library.opcheck(torch.ops.pixelbytes.bidirectional_selective_scan, (*tensors, *rest))
+    library.opcheck(torch.ops.pixelbytes.bidirectional_selective_scan, (*tensors, *rest))
 
 
 @backends

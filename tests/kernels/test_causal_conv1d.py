@@ -19,6 +19,7 @@ from kernel_forms import (
     gradcheck,
     needs_cpu,
 )
+from torch import library
 
 from pixelbytes_kernels import causal_conv1d, causal_conv1d_ref, causal_conv1d_update, causal_conv1d_update_ref
 from pixelbytes_kernels.testing import assert_matches, conv_inputs, run
@@ -243,7 +244,7 @@ def test_opcheck(backend, final, kwargs):
     names = ("x", "weight", "bias", "seq_idx", "initial_states")
     tensors = [inputs.get(n) for n in names]
     tensors = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in tensors]
-    torch.library.opcheck(torch.ops.pixelbytes.causal_conv1d, (*tensors, True, False, final, backend))
+    library.opcheck(torch.ops.pixelbytes.causal_conv1d, (*tensors, True, False, final, backend))
 
 
 @backends

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from torch import library
 
 from pixelbytes_kernels import available_backends, pxby_embed, pxby_embed_ref
 from pixelbytes_kernels.ops.pxby_embed import cpu as cpu_path
@@ -122,7 +123,7 @@ def test_opcheck(conv, gate):
 
     inputs = embed_inputs(2, 20, 30, 16, conv=conv, gate=gate, ids=torch.uint8)
     weights_of(inputs)
-    torch.library.opcheck(torch.ops.pixelbytes.pxby_embed, (*inputs.values(), 1e-5, "cpu"))
+    library.opcheck(torch.ops.pixelbytes.pxby_embed, (*inputs.values(), 1e-5, "cpu"))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -20,6 +20,7 @@ from kernel_forms import (
     gradcheck,
     needs_cpu,
 )
+from torch import library
 
 from pixelbytes_kernels import selective_scan, selective_scan_ref
 from pixelbytes_kernels.testing import assert_matches, run, scan_inputs
@@ -398,7 +399,7 @@ def test_opcheck(backend, kwargs):
     first = [t if t is None else t.detach().requires_grad_() for t in first]
     z = None if inputs["z"] is None else inputs["z"].requires_grad_()
     rest = (z, inputs.get("seq_idx"), inputs["delta_softplus"], False, torch.float32, backend)
-    torch.library.opcheck(torch.ops.pixelbytes.selective_scan, (*first, *rest))
+    library.opcheck(torch.ops.pixelbytes.selective_scan, (*first, *rest))
 
 
 @backends

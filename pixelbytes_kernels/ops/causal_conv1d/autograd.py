@@ -10,7 +10,7 @@ import importlib
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from ..._autograd import once_differentiable
 
@@ -65,7 +65,7 @@ class Convolution(torch.autograd.Function):
 
 # ---- registered op ----------------------------------------------------------------------------------------------------
 
-_library = torch.library.Library("pixelbytes", "FRAGMENT")
+_library = library.Library("pixelbytes", "FRAGMENT")
 _SCHEMA = "Tensor x, Tensor weight, Tensor? bias, Tensor? seq_idx, Tensor? initial_states"
 _library.define(
     f"causal_conv1d({_SCHEMA}, bool silu, bool reverse, bool final, str backend) -> (Tensor out, Tensor final_states)"
@@ -116,9 +116,7 @@ def _refuse(ctx: Any, *_: Any) -> None:
 for _device in ("CPU", "CUDA", "XPU"):
     _library.impl("causal_conv1d", _forward, _device)
     _library.impl("causal_conv1d_backward", _backward, _device)
-torch.library.register_fake("pixelbytes::causal_conv1d", _fake_forward, lib=_library)
-torch.library.register_fake("pixelbytes::causal_conv1d_backward", _fake_backward, lib=_library)
-torch.library.register_autograd(
-    "pixelbytes::causal_conv1d", _autograd_backward, setup_context=_setup_context, lib=_library
-)
-torch.library.register_autograd("pixelbytes::causal_conv1d_backward", _refuse, lib=_library)
+library.register_fake("pixelbytes::causal_conv1d", _fake_forward, lib=_library)
+library.register_fake("pixelbytes::causal_conv1d_backward", _fake_backward, lib=_library)
+library.register_autograd("pixelbytes::causal_conv1d", _autograd_backward, setup_context=_setup_context, lib=_library)
+library.register_autograd("pixelbytes::causal_conv1d_backward", _refuse, lib=_library)

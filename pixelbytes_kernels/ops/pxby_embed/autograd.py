@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from ..._autograd import once_differentiable
 
@@ -54,7 +54,7 @@ class Embed(torch.autograd.Function):
 
 # ---- registered ops ----------------------------------------------------------------------------------------
 
-_library = torch.library.Library("pixelbytes", "FRAGMENT")
+_library = library.Library("pixelbytes", "FRAGMENT")
 _arguments = ", ".join(f"Tensor{'?' if name in OPTIONAL else ''} {name}" for name in ("tokens", *WEIGHTS))
 _library.define(f"pxby_embed({_arguments}, float eps, str backend) -> Tensor")
 _library.define(f"pxby_embed_backward({_arguments}, Tensor dout, bool[] needs, float eps, str backend) -> Tensor[]")
@@ -103,9 +103,7 @@ def _refuse(ctx: Any, *_: Any) -> None:
 for _device in ("CPU", "CUDA", "XPU"):
     _library.impl("pxby_embed", _forward, _device)
     _library.impl("pxby_embed_backward", _backward, _device)
-torch.library.register_fake("pixelbytes::pxby_embed", _fake_forward, lib=_library)
-torch.library.register_fake("pixelbytes::pxby_embed_backward", _fake_backward, lib=_library)
-torch.library.register_autograd(
-    "pixelbytes::pxby_embed", _autograd_backward, setup_context=_setup_context, lib=_library
-)
-torch.library.register_autograd("pixelbytes::pxby_embed_backward", _refuse, lib=_library)
+library.register_fake("pixelbytes::pxby_embed", _fake_forward, lib=_library)
+library.register_fake("pixelbytes::pxby_embed_backward", _fake_backward, lib=_library)
+library.register_autograd("pixelbytes::pxby_embed", _autograd_backward, setup_context=_setup_context, lib=_library)
+library.register_autograd("pixelbytes::pxby_embed_backward", _refuse, lib=_library)

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from ..._autograd import once_differentiable
 
@@ -156,7 +156,7 @@ class Scan(torch.autograd.Function):
 
 # ---- registered ops ---------------------------------------------------------------------------------------------------
 
-_library = torch.library.Library("pixelbytes", "FRAGMENT")
+_library = library.Library("pixelbytes", "FRAGMENT")
 _ARGUMENTS = {
     "selective_scan": (
         (*FIRST, "z", "seq_idx"),
@@ -250,10 +250,10 @@ def _register(op: str) -> None:
     for device in ("CPU", "CUDA", "XPU"):
         _library.impl(op, forward, device)
         _library.impl(f"{op}_backward", backward, device)
-    torch.library.register_fake(f"pixelbytes::{op}", fake_forward, lib=_library)
-    torch.library.register_fake(f"pixelbytes::{op}_backward", fake_backward, lib=_library)
-    torch.library.register_autograd(f"pixelbytes::{op}", autograd_backward, setup_context=setup_context, lib=_library)
-    torch.library.register_autograd(f"pixelbytes::{op}_backward", refuse, lib=_library)
+    library.register_fake(f"pixelbytes::{op}", fake_forward, lib=_library)
+    library.register_fake(f"pixelbytes::{op}_backward", fake_backward, lib=_library)
+    library.register_autograd(f"pixelbytes::{op}", autograd_backward, setup_context=setup_context, lib=_library)
+    library.register_autograd(f"pixelbytes::{op}_backward", refuse, lib=_library)
 
 
 def as_promised(found: Tensor, like: Tensor) -> Tensor:
