@@ -71,6 +71,18 @@ def test_gradients_are_those_of_the_whole_batch(name, processes, data):
                     parameter.mul_(1.1)
 
 
+def test_mixed_precision_reaches_the_workers(data, tmp_path):
+    x, target = data[0].dataset.batch(range(8))
+    target[:4] = -100  # the parent's part has no targets, so that the loss is the worker's alone
+    found = {}
+    for amp_dtype in (None, torch.bfloat16):
+        model = make("rnn")
+        with GradientWorkers(model, 2, amp_dtype) as workers:
+            loss, _ = workers.gradients(x, target)
+        found[amp_dtype] = loss
+    assert found[None] != found[torch.bfloat16] == pytest.approx(found[None], rel=0.02)
+
+
 def test_training_is_the_same_up_to_rounding_and_repeats_bit_for_bit(data, tmp_path):
     one = trainer(data, tmp_path / "one", epochs=3, processes=1)
     one.train()
