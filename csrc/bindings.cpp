@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
@@ -55,11 +56,13 @@ void raise_memory_error(const char* error) {
   throw py::error_already_set();
 }
 
-template <class Args>
-void run(const char* (*kernel)(const Args&), const Args& args) {
+// `fresh`: the outputs that may be large, of which nothing was written yet.
+template <class Args, class... Outputs>
+void run(const char* (*kernel)(const Args&), const Args& args, const Outputs&... fresh) {
   const char* error;
   {
     py::gil_scoped_release release;
+    (ask_for_huge_pages(fresh), ...);
     error = kernel(args);
   }
   raise_memory_error(error);
@@ -76,14 +79,15 @@ void scan_forward(const py::list& directions, Tensor z, Tensor seq_idx, double s
                   Tensor out) {
   ScanArgs a = cpu_scan_args(directions, z, seq_idx, scale, delta_softplus, use_double, threads);
   a.out = out;
-  run(best_kernels().scan_forward, a);
+  run(best_kernels().scan_forward, a, out, a.direction[0].states, a.direction[1].states);
 }
 
 void scan_backward(const py::list& directions, Tensor z, Tensor seq_idx, double scale, bool delta_softplus, bool use_double, int threads,
                    Tensor dout, Tensor dz, Tensor out) {
   ScanArgs a = cpu_scan_args(directions, z, seq_idx, scale, delta_softplus, use_double, threads);
   a.dout = dout, a.dz = dz, a.out = out;
-  run(best_kernels().scan_backward, a);
+  const ScanDirection &first = a.direction[0], &second = a.direction[1];
+  run(best_kernels().scan_backward, a, first.du, first.ddelta, second.du, second.ddelta, dz, out);
 }
 
 // args: the tensors of EmbedArgs up to norm_bias.
@@ -113,6 +117,7 @@ void bind_pxby_embed(py::module_& m) {
   m.def("pxby_embed_forward", [](const py::tuple& tensors, double eps, bool folded, bool use_double, int threads, Tensor out) {
     EmbedArgs a = embed_args(tensors, eps, folded, use_double, threads);
     a.out = out;
+    ask_for_huge_pages(out);
     run(best_kernels().pxby_embed_forward, a);
   });
   // gradients: one for each weight, None where unwanted.
@@ -139,14 +144,14 @@ void bind_causal_conv1d(py::module_& m) {
   m.def("conv_forward", [](const py::tuple& tensors, bool silu, bool reverse, bool use_double, int threads, Tensor out, Tensor final_states) {
     ConvArgs a = conv_args(tensors, silu, reverse, use_double, threads);
     a.out = out, a.final_states = final_states;
-    run(best_kernels().conv_forward, a);
+    run(best_kernels().conv_forward, a, out);
   });
   m.def("conv_backward", [](const py::tuple& tensors, bool silu, bool reverse, bool use_double, int threads, Tensor dout,
                             Tensor dfinal_states, Tensor dx, Tensor dweight, Tensor dbias, Tensor dinitial_states) {
     ConvArgs a = conv_args(tensors, silu, reverse, use_double, threads);
     a.dout = dout, a.dfinal_states = dfinal_states;
     a.dx = dx, a.dweight = dweight, a.dbias = dbias, a.dinitial_states = dinitial_states;
-    run(best_kernels().conv_backward, a);
+    run(best_kernels().conv_backward, a, dx);
   });
 }
 
