@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "cpu/huge_pages.h"
 #include "cpu/kernels.h"
+#include "cpu/large.h"
 
 namespace py = pybind11;
 

@@ -3,7 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "tensor.h"
+#include "cpu/large.h"
 
 namespace pixelbytes {
 namespace {
@@ -20,6 +20,7 @@ class PartialSum {
     if (!out) return true;
     out_ = reinterpret_cast<T*>(out.data), parts_ = parts, size_ = size;
     data_ = static_cast<T*>(calloc(size_t(parts * size) + 1, sizeof(T)));
+    ask_for_huge_pages(data_, parts * size * int64_t(sizeof(T)));
     return data_ != nullptr;
   }
   T* data() const { return data_; }

@@ -125,10 +125,10 @@ class AheadList {
   }
 
  private:
-  LineRows take(int64_t end) { return at_ < end ? all_[at_++] : LineRows{}; }
+  LineRows take(int64_t end) { return at_ < end ? all_[at_++] : LineRows{nullptr, 0, 0}; }
 
   static constexpr int64_t kMax = 128;
-  LineRows all_[kMax];
+  LineRows all_[kMax];  // the first count_ of them
   int64_t count_ = 0, at_ = 0, each_ = 0;
 };
 
@@ -218,7 +218,9 @@ struct ScanTask {
     load_block<T>(plane(from, batch), channel + part.first * W, channels_of(part), t0, t1 - t0, to);
   }
   void store_rows(const Tensor& to, Tiles part, int64_t t0, int64_t t1, const Block<T>& from) const {
-    store_block<T>(plane(to, batch), channel + part.first * W, channels_of(part), t0, t1 - t0, from);
+    Plane p = plane(to, batch);
+    p.streams = should_stream<T>(to);
+    store_block<T>(p, channel + part.first * W, channels_of(part), t0, t1 - t0, from);
   }
   Block<T> staging(Tiles part) const { return {stage, kChunk * W, int(part.count)}; }
 
@@ -252,6 +254,9 @@ struct ScanTask {
     if (!t || chunk < 0 || chunk >= p.chunks) return;
     ahead.add(plane(t, batch), channel + part.first * W, channels_of(part), chunk * kChunk, p.end_of(chunk) - chunk * kChunk);
   }
+  void add_output_ahead(AheadList& ahead, const Tensor& t, Tiles part, int64_t chunk) const {
+    if (!should_stream<T>(t)) add_ahead(ahead, t, part, chunk);
+  }
   void add_inputs_ahead(AheadList& ahead, int d, Tiles part, int64_t chunk) const {
     if (d == 0 || separate_u) add_ahead(ahead, source(&ScanDirection::u, d), part, chunk);
     if (d == 0 || separate_delta) add_ahead(ahead, source(&ScanDirection::delta, d), part, chunk);
@@ -261,6 +266,13 @@ struct ScanTask {
     if (!states || chunk < 0 || chunk >= p.chunks) return;
     const int64_t bytes = part.count * p.dstate * W * int64_t(sizeof(T));
     ahead.add(reinterpret_cast<const char*>(kept(states, chunk, part.first)), (bytes + 127) / 128, 128);
+  }
+
+  // Where a task's partial sums of dB or dC for step t are, in elements: (block, batch, group, time, state).
+  int64_t sums_at(int64_t t) const { return (((block * p.batch + batch) * p.groups + group) * p.seqlen + t) * p.dstate; }
+  void add_sums_ahead(AheadList& ahead, const T* sums, int64_t t0, int64_t t1) const {
+    const int64_t bytes = (t1 - t0) * p.dstate * int64_t(sizeof(T));
+    if (sums) ahead.add(reinterpret_cast<const char*>(sums + sums_at(t0)), (bytes + 127) / 128, 128);
   }
 
   // y's skip part: the first direction sets it, the second adds its own.
@@ -325,25 +337,27 @@ struct ScanTask {
   }
 };
 
-// Whether the products of a tile's delta in one chunk with its A2 all stay where the short form of exp2 is exact enough.
-template <class T>
-inline bool is_safe(const T* delta, int64_t steps, const T* A2, int64_t dstate) {
-  Vec<T> low = load(delta), high = low, probe = {}, bad = {};
+// Whether the products of a tile's delta in one chunk with its A2 all stay where the short form of exp2 is exact enough: delta not negative,
+// A2 not positive. As unsigned numbers the bits of such floats are in the order of the floats, and those of NaN, infinity and negative ones
+// above them.
+inline bool is_safe(const float* delta, int64_t steps, const float* A2, int64_t dstate) {
+  Bits<float> high = {};
   for (int64_t t = 0; t < steps; ++t) {
-    const Vec<T> d = load(delta + t * kLanes<T>);
-    low = d < low ? d : low;
+    const Bits<float> d = bits(load(delta + t * kLanes<float>));
     high = d > high ? d : high;
-    probe += d - d;  // not zero where d is infinite or NaN
   }
+  vf most;
+  memcpy(&most, &high, sizeof most);
+  vi good = bits(most) < bits(splat(INFINITY));
   for (int64_t n = 0; n < dstate; ++n) {
-    const Vec<T> a2 = load(A2 + n * kLanes<T>), x = a2 * low, y = a2 * high;
-    const Mask<T> good = ((x < y ? x : y) > T(-65536)) & ((x < y ? y : x) <= T(0));
-    bad = good ? bad : Vec<T>{} + T(1);
+    const vf a2 = load(A2 + n * kLanes<float>);
+    good &= (a2 * most > -65536.0f) & (a2 <= 0.0f);
   }
   bool safe = true;
-  for (int i = 0; i < kLanes<T>; ++i) safe &= probe[i] == T(0) && bad[i] == T(0);
+  for (int i = 0; i < kLanes<float>; ++i) safe &= good[i] != 0;
   return safe;
 }
+inline bool is_safe(const double*, int64_t, const double*, int64_t) { return false; }  // it has no short form
 
 template <class F>
 inline void with_bool(bool b, F&& f) {

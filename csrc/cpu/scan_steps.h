@@ -22,9 +22,9 @@ inline Vec<T> coefficient(const T* p, int k) {
 
 // Memory that is needed soon: `count` rows of two cache lines.
 struct LineRows {
-  const char* row = nullptr;
-  int64_t pitch = 0;
-  int count = 0;
+  const char* row;
+  int64_t pitch;
+  int count;
 
   void ask() {
     if (count-- > 0) prefetch_lines(row), row += pitch;

@@ -158,20 +158,24 @@ void backward_pass(ScanTask<T>& k, Gradients<T>& g, int d, int64_t chunk, int64_
 template <class T, bool kVariesB, bool kVariesC>
 void add_sums(const ScanTask<T>& k, const Gradients<T>& g, bool reverse, int64_t t0, int64_t t1, T* dB, T* dC) {
   constexpr int W = kLanes<T>;
+  const int64_t first = k.sums_at(reverse ? t1 - 1 : t0), by = reverse ? -k.p.dstate : k.p.dstate;
   const T* pass = g.sums;
   for_states<kStates>(k.p.dstate, [&](int64_t n, auto states) {
     constexpr int N = decltype(states)::value;
     using Sums = StepSums<T, N, kVariesB, kVariesC>;
     if constexpr (Sums::kValues > 0) {
+      T *to_B = kVariesB && dB ? dB + first + n : nullptr, *to_C = kVariesC && dC ? dC + first + n : nullptr;
       for (int64_t i = 0; i < t1 - t0; ++i) {
         alignas(64) T values[Sums::kVectors * W];
-        memcpy(values, pass + i * Sums::kVectors * W, sizeof values);
-        for (int half = W / 2; half >= Sums::kValues; half /= 2)
-          for (int j = 0; j < half; ++j) values[j] += values[j + half];
-        const int64_t t = reverse ? t1 - 1 - i : t0 + i;
-        const int64_t at = (((k.block * k.p.batch + k.batch) * k.p.groups + k.group) * k.p.seqlen + t) * k.p.dstate + n;
-        for (int j = 0; kVariesC && dC && j < N; ++j) dC[at + j] += values[j];
-        for (int j = 0; kVariesB && dB && j < N; ++j) dB[at + j] += values[kVariesC * N + j];
+        for (int v = 0; v < Sums::kVectors; ++v) store(values + v * W, sum_groups<T, Sums::kValues>(load(pass + (i * Sums::kVectors + v) * W)));
+        if (to_C) {
+          for (int j = 0; j < N; ++j) to_C[j] += values[j];
+          to_C += by;
+        }
+        if (to_B) {
+          for (int j = 0; j < N; ++j) to_B[j] += values[kVariesC * N + j];
+          to_B += by;
+        }
       }
     }
     pass += kChunk * Gradients<T>::kMaxVectors * W;
@@ -232,13 +236,16 @@ void backward_direction(ScanTask<T>& k, Gradients<T>& g, int d, const Partials<T
     k.load_coefficients(d, t0, t1);
     AheadList ahead;
     auto soon = [&](const Tensor& t, int64_t chunk_of) { k.add_ahead(ahead, t, k.all(), chunk_of); };
+    auto output = [&](const Tensor& t) { k.add_output_ahead(ahead, t, k.all(), chunk); };
     const int64_t next = dir.reverse ? chunk + 1 : chunk - 1;
     k.add_inputs_ahead(ahead, d, k.all(), next);
     k.add_kept_ahead(ahead, dir.states, k.all(), next);
     if (d == 0) soon(k.a.dout, next), soon(k.a.z, next);
-    if (last || k.separate_u) soon(k.a.direction[k.separate_u ? d : 0].du, chunk);
-    if (last || k.separate_delta) soon(k.a.direction[k.separate_delta ? d : 0].ddelta, chunk);
-    if (last) soon(k.a.dz, chunk), soon(k.a.out, chunk);
+    if (last || k.separate_u) output(k.a.direction[k.separate_u ? d : 0].du);
+    if (last || k.separate_delta) output(k.a.direction[k.separate_delta ? d : 0].ddelta);
+    if (last) output(k.a.dz), output(k.a.out);
+    if (kVariesB) k.add_sums_ahead(ahead, partials.dB[d], t0, t1);
+    if (kVariesC) k.add_sums_ahead(ahead, partials.dC[d], t0, t1);
     k.add_coefficients_ahead(ahead, d, next);
     ahead.deal(k.tiles * passes_of<kStates>(p.dstate) * 2);
     const int count = find_runs(k.a.seq_idx, k.batch, t0, t1, p.seqlen, dir.reverse, runs);
@@ -306,6 +313,7 @@ const char* backward(const ScanArgs& a) {
         if (dir.dD) store_partial(task, g.dD[d], 1, partials.dD[d]);
         if (dir.ddelta_bias) store_partial(task, g.dbias[d], 1, partials.dbias[d]);
       }
+      end_streams();
     }
   }
   if (failed) return "selective_scan backward: out of memory for scratch";

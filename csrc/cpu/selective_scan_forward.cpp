@@ -52,7 +52,7 @@ void forward_direction(ScanTask<T>& k, int d) {
       AheadList ahead;
       k.add_inputs_ahead(ahead, d, next_part, next_chunk);
       k.add_kept_ahead(ahead, dir.states, next_part, next_chunk);
-      if (last) k.add_ahead(ahead, k.a.z, next_part, next_chunk), k.add_ahead(ahead, k.a.out, next_part, next_chunk);
+      if (last) k.add_ahead(ahead, k.a.z, next_part, next_chunk), k.add_output_ahead(ahead, k.a.out, next_part, next_chunk);
       if (turn) k.add_coefficients_ahead(ahead, d, next_chunk);
       ahead.deal(step * passes_of<kForwardStates>(p.dstate));
       for (int64_t tile = part.first; tile < part.end(); ++tile) {
@@ -94,6 +94,7 @@ const char* forward(const ScanArgs& a) {
       with_variation(task, d, [&](auto varies_B, auto varies_C) {
         forward_direction<T, decltype(varies_B)::value, decltype(varies_C)::value>(task, d);
       });
+    end_streams();
   }
   return failed ? "selective_scan: out of memory for scratch" : nullptr;
 }

@@ -46,6 +46,15 @@ typedef Mask<float> vi;
 typedef Vec<double> vd;
 
 template <class T>
+struct BitsOf;
+template <>
+struct BitsOf<float> {
+  typedef uint32_t type __attribute__((vector_size(kVecBytes), may_alias));
+};
+template <class T>
+using Bits = typename BitsOf<T>::type;
+
+template <class T>
 constexpr int kLanes = kVecBytes / int(sizeof(T));
 
 // A number as a type, for generic lambdas (std::integral_constant would be a shared template).
@@ -76,14 +85,24 @@ inline Vec<T> lane_index() {
 }
 inline vf select(vi m, vf a, vf b) { return m ? a : b; }
 inline vd select(Mask<double> m, vd a, vd b) { return m ? a : b; }
-// NaN in `x` survives both: the comparison is false and x is kept.
-template <class V>
-inline V at_least(V x, V low) {
-  return x < low ? low : x;
-}
-template <class V>
-inline V at_most(V x, V high) {
-  return x > high ? high : x;
+// NaN in `x` survives both: the comparison is false and x is kept. (The instructions give their second operand then. Their forms without
+// a mask make GCC 12 warn of its own header; a full mask costs nothing.)
+#if defined(__AVX512F__)
+inline vf at_least(vf x, vf low) { return (vf)_mm512_maskz_max_ps(0xffff, (__m512)low, (__m512)x); }
+inline vf at_most(vf x, vf high) { return (vf)_mm512_maskz_min_ps(0xffff, (__m512)high, (__m512)x); }
+#elif defined(__AVX2__)
+inline vf at_least(vf x, vf low) { return (vf)_mm256_max_ps((__m256)low, (__m256)x); }
+inline vf at_most(vf x, vf high) { return (vf)_mm256_min_ps((__m256)high, (__m256)x); }
+#else
+inline vf at_least(vf x, vf low) { return x < low ? low : x; }
+inline vf at_most(vf x, vf high) { return x > high ? high : x; }
+#endif
+inline vd at_least(vd x, vd low) { return x < low ? low : x; }
+
+inline Bits<float> bits(vf v) {
+  Bits<float> b;
+  memcpy(&b, &v, sizeof b);
+  return b;
 }
 
 // ---- 2^y, float ------------------------------------------------------------------------------------------------------
@@ -106,7 +125,7 @@ inline vf exp2_split(vf t, vf tn, vf r) {
   const __m512 low = _mm512_load_ps(kExp2Table), high = _mm512_load_ps(kExp2Table + 16);
   const vf table = (vf)_mm512_permutex2var_ps(low, _mm512_castps_si512((__m512)t), high);
   const vf q = r * (0.69315735f + r * 0.24022846f);
-  return (vf)_mm512_scalef_ps((__m512)(table + table * q), (__m512)tn);
+  return (vf)_mm512_maskz_scalef_ps(0xffff, (__m512)(table + table * q), (__m512)tn);
 }
 #elif defined(__AVX2__)
 constexpr float kMagic = 1572864.0f;  // 1.5 * 2^(23 - 3): 8 steps per octave
@@ -194,17 +213,21 @@ inline Vec<T> log2e_remainder(Vec<T> a, Vec<T> a2) {
   return select(low - low == T(0), low, Vec<T>{});
 }
 
-// e^x for any x, NaN and infinities included.
+// e^x for any x, or any that is not positive; NaN and infinities included.
+template <bool kPositive = true>
 inline vf exp(vf x) {
   // scalef gives 0 and infinity by itself; elsewhere the clamp stops at the last normal numbers and a select does it.
   constexpr bool kWide = kExp2High > 200.0f;
-  const vf c = at_most(at_least(x, splat(kWide ? -138.0f : -87.3f)), splat(kWide ? 138.0f : 87.3f));
+  vf c = at_least(x, splat(kWide ? -138.0f : -87.3f));
+  if constexpr (kPositive) c = at_most(c, splat(kWide ? 138.0f : 87.3f));
   const vf t = c * kLog2e + kMagic, tn = t - kMagic;
   const vf r = (c * kLog2e - tn) + c * kLog2eLow;
   const vf p = exp2_split(t, tn, r);
   if (kWide) return p;
-  return select(x < -103.98f, splat(0.0f), select(x > 88.73f, splat(INFINITY), p));
+  const vf low = select(x < -103.98f, splat(0.0f), p);
+  return kPositive ? select(x > 88.73f, splat(INFINITY), low) : low;
 }
+template <bool kPositive = true>
 inline vd exp(vd x) {
   for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
   return x;
@@ -246,14 +269,15 @@ inline vd reciprocal(vd x) { return 1 / x; }
 // All by e^-|x|, which cannot overflow. Infinities and NaN come out as in torch; the derivative of softplus is the sigmoid.
 template <class V>
 inline V sigmoid(V x, V e) {
-  return select(x < 0, e, V{} + 1) * reciprocal(1 + e);
+  const V r = reciprocal(1 + e);
+  return select(x < 0, e * r, r);
 }
 // Softplus is the identity above 20, as in torch: there float has nothing left to add.
 inline vf softplus(vf x, vf e) { return at_least(x, vf{}) + log1p_unit(e); }
 inline vd softplus(vd x, vd e) { return select(x > 20, x, at_least(x, vd{}) + log1p_unit(e)); }
 template <class V>
 inline V sigmoid(V x) {
-  return sigmoid(x, exp(minus_magnitude(x)));
+  return sigmoid(x, exp<false>(minus_magnitude(x)));
 }
 template <class V>
 inline V silu(V x) {
@@ -261,12 +285,13 @@ inline V silu(V x) {
 }
 template <class V>
 inline V softplus(V x) {
-  return softplus(x, exp(minus_magnitude(x)));
+  return softplus(x, exp<false>(minus_magnitude(x)));
 }
 template <class V>
 inline V softplus(V x, V* derivative) {
-  const V e = exp(minus_magnitude(x));
-  *derivative = select(x > 20, V{} + 1, sigmoid(x, e));
+  const V e = exp<false>(minus_magnitude(x));
+  *derivative = sigmoid(x, e);  // in float it is 1 above 20 by itself
+  if constexpr (sizeof(x[0]) == 8) *derivative = select(x > 20, V{} + 1, *derivative);
   return softplus(x, e);
 }
 
@@ -336,6 +361,13 @@ inline void fold_lanes(Vec<T>* v) {
     for (int i = 0; i < kCount / 2; ++i) v[i] = fold<kBit>(v[2 * i], v[2 * i + 1], typename CountLanes<kLanes<T>>::type{});
     fold_lanes<T, kCount / 2, 2 * kBit>(v);
   }
+}
+
+// The sum over the lanes of equal j % kCount, in each of them; kCount is a power of two.
+template <class T, int kCount>
+inline Vec<T> sum_groups(Vec<T> v) {
+  if constexpr (kCount < kLanes<T>) return sum_groups<T, 2 * kCount>(fold<kCount>(v, v, typename CountLanes<kLanes<T>>::type{}));
+  else return v;
 }
 
 // Lane i of the result is the sum over the lanes of v[i].

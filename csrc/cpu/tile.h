@@ -6,6 +6,7 @@
 #pragma once
 #include <cstdlib>
 
+#include "cpu/large.h"
 #include "cpu/simd.h"
 
 namespace pixelbytes {
@@ -174,6 +175,23 @@ inline void store_part(S* p, int count, Vec<T> v) {
   memcpy(p, row, size_t(count) * sizeof(S));
 }
 
+// Past the caches where the row fills a cache line: one that is not in a cache need not be fetched to be written. Elsewhere a plain store.
+template <class T, class S>
+inline void stream_row(S* p, Vec<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == sizeof(T)) {
+    if (reinterpret_cast<uintptr_t>(p) % 64 == 0) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+  }
+#endif
+  store_row<T>(p, v);
+}
+// Makes streamed rows visible to other threads before whatever is stored later.
+inline void end_streams() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
+
 // The same where the dtype is known at run time only.
 template <class T>
 inline Vec<T> load_run(const char* p, DType dtype, int count) {
@@ -199,6 +217,7 @@ struct Plane {
   char* data = nullptr;
   DType dtype = DType::none;
   int64_t channel_stride = 0, time_stride = 0;
+  bool streams = false;  // written past the caches, see stream_row
 
   explicit operator bool() const { return data != nullptr; }
   char* at(int64_t channel, int64_t time) const {
@@ -217,6 +236,14 @@ struct Block {
   int64_t pitch;
   int tiles;
 };
+
+// Whether it pays to write a (batch, channel, time) output of T past the caches: it outgrows them, and its rows are whole cache lines.
+template <class T>
+inline bool should_stream(const Tensor& t) {
+  if (kVecBytes < 64 || span_bytes(t) < kStreamFrom || item_size(t.dtype) != int64_t(sizeof(T)) || reinterpret_cast<uintptr_t>(t.data) % 64) return false;
+  const int64_t rows = t.stride[1] == 1 ? t.stride[2] : t.stride[1];
+  return (t.stride[1] == 1 || t.stride[2] == 1) && rows % kLanes<T> == 0 && t.stride[0] % kLanes<T> == 0;
+}
 
 inline int valid_channels(int64_t channels, int64_t tile, int lanes) {
   const int64_t left = channels - tile * lanes;
@@ -260,8 +287,12 @@ void store_block_as(const Plane& p, int64_t channel, int64_t channels, int64_t t
   S* to = reinterpret_cast<S*>(p.data) + channel * cs + time * ts;
   if (cs == 1) {
     for (int64_t t = 0; t < steps; ++t)
-      for (int k = 0; k < from.tiles; ++k)
-        store_part<T>(to + t * ts + k * W, valid_channels(channels, k, W), load(from.data + k * from.pitch + t * W));
+      for (int k = 0; k < from.tiles; ++k) {
+        const int valid = valid_channels(channels, k, W);
+        const Vec<T> v = load(from.data + k * from.pitch + t * W);
+        if (p.streams && valid == W) stream_row<T>(to + t * ts + k * W, v);
+        else store_part<T>(to + t * ts + k * W, valid, v);
+      }
     return;
   }
   for (int k = 0; k < from.tiles; ++k) {
@@ -274,7 +305,10 @@ void store_block_as(const Plane& p, int64_t channel, int64_t channels, int64_t t
         Vec<T> v[W];
         for (int i = 0; i < W; ++i) v[i] = i < count ? load(tile + (t + i) * W) : Vec<T>{};
         transpose<T>(v);
-        for (int c = 0; c < valid; ++c) store_part<T>(row + c * cs + t, count, v[c]);
+        if (p.streams && count == W)
+          for (int c = 0; c < valid; ++c) stream_row<T>(row + c * cs + t, v[c]);
+        else
+          for (int c = 0; c < valid; ++c) store_part<T>(row + c * cs + t, count, v[c]);
       }
     } else {
       for (int64_t t = 0; t < steps; ++t)

@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(2 * S::threads, kResidentThreads<S, M> / (2 * 
   SharedBackward<S>&own = shared[side], &other = shared[two ? 1 - side : 0];
   const int base = side * int(sizeof own);
   const Elements<S> elements(thread, p.time_fast, reverse);
-  const CoefficientElements<S> coefficient_elements(thread, p.state_fast, reverse);
+  const CoefficientElements<S> coefficient_elements(thread, reverse);
   const Coefficients<S> coefficients(d, tile, channel, part, at_offset<float>(shared, base + int(offsetof(SharedBackward<S>, rows))), reverse);
   float* const own_states = at_offset<float>(shared, base + int(offsetof(SharedBackward<S>, states)) + (channel * S::dstate + part * S::states) * 4);
   float2* const own_inputs = at_offset<float2>(shared, base + channel * int(sizeof(float2)));

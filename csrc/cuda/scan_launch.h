@@ -110,7 +110,6 @@ inline ScanParams scan_params(const ScanArgs& args) {
   if (p.shares_u) p.direction[1].du = p.direction[0].du;
   if (p.shares_delta) p.direction[1].ddelta = p.direction[0].ddelta;
   p.time_fast = p.direction[0].u.step == 1 && p.seqlen > 1;
-  p.state_fast = p.direction[0].B.k == 1;
   for (Plane* r : {&p.z, &p.out, &p.partial, &p.dout, &p.dz}) r->packed = is_packed(*r, p);
   for (Direction& d : p.direction) {
     for (Plane* r : {&d.u, &d.delta, &d.du, &d.ddelta}) r->packed = is_packed(*r, p);

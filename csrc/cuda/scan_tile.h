@@ -57,7 +57,6 @@ struct ScanParams {
   int stretch = 0;  // steps that a block walks
   int groups = 1, tiles = 1;  // tiles of a group
   int time_fast = 0;          // neighbouring threads load neighbouring steps, not channels
-  int state_fast = 0;         // ... neighbouring states of B and C, not steps
   float scale = 1.0f;
   int softplus = 0;
   int shares_u = 0, shares_delta = 0;  // both directions read, and have the gradient of, the same tensor
@@ -276,7 +275,7 @@ struct Elements : Part<S::elements> {
   __device__ int other_slot(int i) const { return (S::steps - 1) * S::pitch - slot(i) + 2 * this->k_of(i); }
 };
 
-// Of a staged B or C: (step, state). A packet lies along the states, whichever axis the threads follow.
+// Of a staged B or C: (step, state). Packets and threads lie along the states, which are next to each other in memory.
 template <class S>
 struct CoefficientElements : Part<S::staged ? S::steps * S::dstate / S::threads : 1> {
   using Base = Part<S::staged ? S::steps * S::dstate / S::threads : 1>;
@@ -287,19 +286,17 @@ struct CoefficientElements : Part<S::staged ? S::steps * S::dstate / S::threads 
 
   bool mirrored;  // see Elements
 
-  __device__ CoefficientElements(unsigned thread, bool state_fast, bool mirrored_ = false) : mirrored(mirrored_) {
+  __device__ explicit CoefficientElements(unsigned thread, bool mirrored_ = false) : mirrored(mirrored_) {
     constexpr unsigned kAcross = S::dstate / Base::width;
+    static_assert(!S::staged || S::threads >= kAcross);
     this->along_steps = false;
-    this->step = int(state_fast ? thread / kAcross : thread % S::steps);
-    this->k = int(state_fast ? thread % kAcross * Base::width : thread / S::steps * Base::width);
-    this->step_by = state_fast ? S::threads / kAcross : 0;
-    this->k_by = state_fast ? 0 : S::threads / S::steps * Base::width;
-    if (state_fast && S::threads < kAcross) this->step_by = 0, this->k_by = S::threads * Base::width;
+    this->step = int(thread / kAcross), this->k = int(thread % kAcross * Base::width);
+    this->step_by = S::threads / kAcross, this->k_by = 0;
   }
   // Into rows of S::row floats.
   __device__ void put(float* rows, const float (&v)[Base::count]) const {
     float* to = rows + (mirrored ? S::steps - 1 - this->step : this->step) * S::row + this->k;
-    const int by = (mirrored ? -this->step_by : this->step_by) * S::row + this->k_by;
+    const int by = (mirrored ? -this->step_by : this->step_by) * S::row;
 #pragma unroll
     for (int i = 0; i < Base::packets; ++i, to += by) {
       if constexpr (Base::width == 4)

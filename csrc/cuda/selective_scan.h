@@ -6,7 +6,7 @@
 namespace pixelbytes::cuda {
 
 constexpr int kChunk = 32;      // steps between stored states
-constexpr int kDirectDstate = 64;  // up to here B and C that vary in time are staged in shared memory, in any dtype and layout
+constexpr int kDirectDstate = 64;  // up to here B and C that vary in time are staged in shared memory, in any dtype; states lie next to each other
 
 // Which kernel serves a dstate, and what it wants of its memory; known to Python through `_cuda.scan_shape`.
 //

@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(2 * S::threads, kResidentForward<S, M> / (2 * 
   float* const sums = at_offset<float>(plane, (reverse ? -1 : 1) * part * S::pitch * int(sizeof(float2)) + int(offsetof(float2, y)));
   const Elements<S> elements(thread, p.time_fast);
   float* const rows = at_offset<float>(shared, side * int(sizeof own) + int(offsetof(SharedForward<S>, rows)));
-  const CoefficientElements<S> coefficient_elements(thread, p.state_fast);
+  const CoefficientElements<S> coefficient_elements(thread);
   const Coefficients<S> coefficients(d, tile, channel, part, rows);
   const bool active = M::whole || channel < tile.count;
   float A[S::states], h[S::states];

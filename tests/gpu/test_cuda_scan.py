@@ -243,12 +243,24 @@ def test_whole_in_every_thread_order(seqlen):
     run_in_every_order(bidirectional_selective_scan, whole(16, seqlen, 16))
 
 
+def sliced(t, offset):
+    """B or C as a slice of a projection that begins with `offset` other columns."""
+    batch, dstate, seqlen = t.shape
+    return torch.cat([t.new_zeros(batch, seqlen, offset), t.mT], -1)[..., offset:].mT
+
+
 @pytest.mark.parametrize("backwards", [False, True], ids=["forward", "backward"])
-def test_whole_rows_are_read_once(backwards):
-    """A row of 256 moves 20 and 44 bytes an element, one that is cut short by a step the 32 and 68 of the general kernel."""
+@pytest.mark.parametrize(
+    "laid_out", [lambda t: t, lambda t: sliced(t, 0), lambda t: sliced(t, 6)], ids=["steps", "states", "slice"]
+)
+def test_whole_rows_are_read_once(backwards, laid_out):
+    """A row of 256 moves 20 and 44 bytes an element, one that is cut short by a step the 32 and 68 of the general kernel; whichever way B
+    and C lie in memory.
+    """
     moved = {}
     for seqlen in (256, 255):
-        inputs = whole(16, seqlen, 16, channels_last=True)
+        inputs = scan_inputs(2, 16, seqlen, 16, channels_last=True)
+        inputs |= {name: laid_out(inputs[name]) for name in ("B", "C")}
         with emulated() as module:
             leaves = [v.requires_grad_() for v in inputs.values() if isinstance(v, torch.Tensor)]
             module.emulator_reset_counts()

@@ -32,12 +32,27 @@ def within_reach(t: Tensor | None) -> Tensor | None:
     return t.contiguous() if t is not None and (t.stride(-1) >= 2**24 or max(t.stride()[1:]) >= 2**31) else t
 
 
+def states_together(t: Tensor | None) -> Tensor | None:
+    """B or C (batch, groups, dstate, seqlen) as the kernels read it: the states of a step lie next to each other, four to a packet.
+
+    Where steps lie next to each other, as other packages keep them, this small tensor is copied.
+    """
+    if t is None:
+        return None
+    batch, groups, dstate, seqlen = t.shape
+    apart = t.stride(0), t.stride(1), t.stride(3)
+    in_packets = all(stride % 4 == 0 for stride in apart) and t.data_ptr() % (4 * t.element_size()) == 0
+    if (t.stride(2) == 1 or dstate == 1) and (in_packets or dstate % 4 != 0):
+        return within_reach(t)
+    return t.new_empty(batch, groups, seqlen, dstate).transpose(2, 3).copy_(t)
+
+
 def as_read(directions: Sequence[Direction], direct: bool, padded: int) -> list[Direction]:
     """The tensors as the kernels take them: u and delta as they are, the small ones in float32."""
 
     def coefficient(t: Tensor | None) -> Tensor | None:
         if t is None or not direct:
-            return within_reach(t)
+            return states_together(t)
         t = t.detach().float()
         if t.ndim == 4:
             t = t.transpose(2, 3)

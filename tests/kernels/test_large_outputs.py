@@ -1,4 +1,4 @@
-"""Large outputs of the C++ kernels are asked for in huge pages: whole ones inside them, nothing beside them, no small outputs."""
+"""Large outputs of the C++ kernels: asked for in huge pages, whole ones inside them only; and written past the caches."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from kernel_forms import needs_cpu
 from pixelbytes_kernels import bidirectional_selective_scan, causal_conv1d, pxby_embed, selective_scan
 from pixelbytes_kernels.testing import conv_inputs, embed_inputs, scan_inputs
 
-pytestmark = [
-    needs_cpu,
-    pytest.mark.skipif(
-        not sys.platform.startswith("linux") or not Path("/sys/kernel/mm/transparent_hugepage").is_dir(),
-        reason="needs Linux with transparent huge pages",
-    ),
-]
+pytestmark = needs_cpu
+needs_huge_pages = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or not Path("/sys/kernel/mm/transparent_hugepage").is_dir(),
+    reason="needs Linux with transparent huge pages",
+)
 HUGE = 2 << 20
 
 
@@ -67,6 +65,7 @@ def run(f, inputs):
 
 # (1024, 1024) values of fp32 are as large as an output must be: those of the first run below are, those of the second are not, except the
 # states of a scan.
+@needs_huge_pages
 @pytest.mark.parametrize(
     ("f", "inputs", "large"),
     [
@@ -93,3 +92,23 @@ def test_large_outputs_only(allocated, f, inputs, large):
             assert sum(high - low for low, high in parts) >= t.nbytes - 3 * HUGE
             asked += 1
     assert asked == large
+
+
+# From 8 MiB on, rows that are whole cache lines are: a last tile that is not full, a last chunk that is half one, and rows that are not.
+@pytest.mark.parametrize("channels_last", [False, True], ids=["time", "channels"])
+@pytest.mark.parametrize(("dim", "seqlen"), [(250, 976), (272, 900), (251, 977)])
+@pytest.mark.parametrize("f", [selective_scan, bidirectional_selective_scan])
+def test_rows_of_a_large_batch_are_those_of_a_small_one(f, dim, seqlen, channels_last):
+    inputs = scan_inputs(9, dim, seqlen, 2, channels_last=channels_last)
+    assert inputs["u"].nbytes > 8 << 20
+    rows = ("u", "delta", "z")
+
+    def found(part):
+        cut = {k: v[part] if k in (*rows, "B", "C") else v for k, v in inputs.items()}
+        leaves = [cut[name].requires_grad_() for name in rows]
+        out = f(**cut, backend="cpu")
+        return out.detach(), *torch.autograd.grad(out, leaves, out.detach())
+
+    for whole, first, rest in zip(found(slice(0, 9)), found(slice(0, 4)), found(slice(4, 9)), strict=True):
+        assert torch.equal(whole, torch.cat([first, rest]))
+        assert not whole.isnan().any()
