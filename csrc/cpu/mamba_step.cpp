@@ -3,7 +3,7 @@
 //   x += out_proj(scan_step(silu(conv_step(in_proj(norm(x)))))) for every layer
 //
 // The weights were packed when the plan was made: panels of kLanes outputs, so that a product is one broadcast and one multiply-add an
-// input and panel, without sums across lanes. States are the caller's tensors, updated in place. A row of the batch is one task.
+// input and panel, without sums across lanes; panels that are multiplied together lie in one stream, read in order. States are the caller's tensors, updated in place. A row of the batch is one task.
 #include "cpu/kernels.h"
 #include "cpu/tile.h"
 
@@ -13,11 +13,22 @@ namespace {
 
 constexpr int W = kLanes<float>;
 
-// A weight matrix (out, in) as (panel, in, lane) with an optional bias (panel, lane).
+// A weight matrix (out, in) as (group of panels, in, panel of the group, lane) with an optional bias (panel, lane).
 struct Packed {
   float *weight = nullptr, *bias = nullptr;
   int64_t in = 0, panels = 0;
+  int64_t floats() const { return panels * in * W; }
 };
+
+// Calls f(first panel, count as a constant) for every group.
+template <class F>
+inline void for_groups(int64_t panels, F&& f) {
+  int64_t panel = 0;
+  for (; panel + 8 <= panels; panel += 8) f(panel, ConstantInt<8>{});
+  for (; panel + 4 <= panels; panel += 4) f(panel, ConstantInt<4>{});
+  for (; panel + 2 <= panels; panel += 2) f(panel, ConstantInt<2>{});
+  for (; panel < panels; ++panel) f(panel, ConstantInt<1>{});
+}
 
 struct Layer {
   float* norm = nullptr;
@@ -51,11 +62,13 @@ Packed pack(char*& next, const Tensor& weight, const Tensor& bias, int64_t first
   p.panels = padded(out) / W;
   p.weight = take(next, padded(out) * p.in);
   p.bias = take(next, padded(out));
-  for (int64_t o = 0; o < padded(out); ++o) {
-    p.bias[o] = bias && o < out ? load_element<float>(bias.at(first + o), bias.dtype) : 0.0f;
+  for (int64_t o = 0; o < padded(out); ++o) p.bias[o] = bias && o < out ? load_element<float>(bias.at(first + o), bias.dtype) : 0.0f;
+  float* to = p.weight;
+  for_groups(p.panels, [&](int64_t panel, auto count) {
     for (int64_t i = 0; i < p.in; ++i)
-      p.weight[(o / W * p.in + i) * W + o % W] = o < out ? load_element<float>(weight.at(first + o, i), weight.dtype) : 0.0f;
-  }
+      for (int64_t o = panel * W; o < (panel + count.value) * W; ++o)
+        *to++ = o < out ? load_element<float>(weight.at(first + o, i), weight.dtype) : 0.0f;
+  });
   return p;
 }
 
@@ -65,20 +78,20 @@ float* pack_vector(char*& next, const Tensor& t, int64_t n) {
   return p;
 }
 
-// kPanels panels at once, the inputs dealt to kWays accumulators each: eight chains hide the latency of the multiply-add.
+// A group of kPanels panels, the inputs dealt to kWays accumulators each: eight chains hide the latency of the multiply-add.
 template <int kPanels>
-inline void multiply_panels(const Packed& m, int64_t panel, const float* x, float* y) {
+inline void multiply_group(const Packed& m, int64_t panel, const float* x, float* y) {
   constexpr int kWays = 8 / kPanels;
   vf sum[kPanels][kWays] = {};
   const float* w = m.weight + panel * m.in * W;
   int64_t i = 0;
   for (; i + kWays <= m.in; i += kWays)
 #pragma GCC unroll 8
-    for (int way = 0; way < kWays; ++way)
+    for (int way = 0; way < kWays; ++way, w += kPanels * W)
 #pragma GCC unroll 8
-      for (int k = 0; k < kPanels; ++k) sum[k][way] += splat(x[i + way]) * load(w + (k * m.in + i + way) * W);
-  for (; i < m.in; ++i)
-    for (int k = 0; k < kPanels; ++k) sum[k][0] += splat(x[i]) * load(w + (k * m.in + i) * W);
+      for (int k = 0; k < kPanels; ++k) sum[k][way] += splat(x[i + way]) * load(w + k * W);
+  for (; i < m.in; ++i, w += kPanels * W)
+    for (int k = 0; k < kPanels; ++k) sum[k][0] += splat(x[i]) * load(w + k * W);
   for (int k = 0; k < kPanels; ++k) {
     for (int way = 1; way < kWays; ++way) sum[k][0] += sum[k][way];
     store(y + (panel + k) * W, sum[k][0] + load(m.bias + (panel + k) * W));
@@ -86,10 +99,7 @@ inline void multiply_panels(const Packed& m, int64_t panel, const float* x, floa
 }
 
 void multiply(const Packed& m, const float* x, float* y) {
-  int64_t panel = 0;
-  for (; panel + 8 <= m.panels; panel += 8) multiply_panels<8>(m, panel, x, y);
-  for (; panel + 4 <= m.panels; panel += 4) multiply_panels<4>(m, panel, x, y);
-  for (; panel < m.panels; ++panel) multiply_panels<1>(m, panel, x, y);
+  for_groups(m.panels, [&](int64_t panel, auto count) { multiply_group<decltype(count)::value>(m, panel, x, y); });
 }
 
 // Convolution step of one row; the window (past, inner), oldest first, moves on by one.
@@ -110,37 +120,56 @@ void convolve(const Plan& p, const Layer& l, int64_t row, float* u) {
   }
 }
 
-// Scan step of one row, gated. Lanes are the states of one channel, as they lie in memory; the sums over them of a tile of channels are
-// taken together.
-template <bool kSafe>
-void scan_step(const Plan& p, const Layer& l, int64_t row, const float* u, const float* z, const float* delta, const float* B, float* y) {
-  const float* C = B + p.dstate;
-  float* states = reinterpret_cast<float*>(l.state.data) + row * p.inner * p.dstate;
-  const int64_t rows = padded(p.dstate);
-  for (int64_t c = 0; c < p.inner; c += W) {
-    const int64_t count = p.inner - c < W ? p.inner - c : W;
-    vf sums[W] = {};
-    for (int64_t n = 0; n < p.dstate; n += W) {
-      const int part = int(p.dstate - n < W ? p.dstate - n : W);
-      const vf b = load_part<float>(B + n, part), out = load_part<float>(C + n, part);
-      for (int64_t i = 0; i < count; ++i) {
-        float* state = states + (c + i) * p.dstate + n;
-        const vf d = splat(delta[c + i]);
-        const vf h = exp2_product<kSafe>(d, load(l.A + (c + i) * rows + n)) * load_part<float>(state, part) + b * (d * u[c + i]);
-        store_part<float>(state, part, h);
-        sums[i] += h * out;
-      }
+// A step of the states of a tile's channels; lanes are the states of one channel, as they lie in memory. Returns y before skip and gate:
+// the sums over the states of all channels are taken together. kWhole: kLanes channels of kLanes states each.
+template <bool kSafe, bool kWhole>
+inline vf step_tile(int64_t dstate, int channels, const float* A, const float* delta, const float* x, const float* B, float* states) {
+  vf sums[W] = {};
+  if constexpr (kWhole) {
+    const vf b = load(B), c = load(B + W);
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) {
+      const vf h = exp2_product<kSafe>(splat(delta[i]), load(A + i * W)) * load(states + i * W) + b * splat(x[i]);
+      store(states + i * W, h);
+      sums[i] = h * c;
     }
-    store(y + c, (sum_lanes<float>(sums) + load(l.D + c) * load(u + c)) * silu(load(z + c)));
+  } else {
+    for (int i = 0; i < channels; ++i)
+      for (int64_t n = 0; n < dstate; n += W, A += W) {
+        const int count = dstate - n < W ? int(dstate - n) : W;
+        float* state = states + i * dstate + n;
+        const vf driven = load_part<float>(B + n, count) * splat(x[i]);
+        const vf h = exp2_product<kSafe>(splat(delta[i]), load(A)) * load_part<float>(state, count) + driven;
+        store_part<float>(state, count, h);
+        sums[i] += h * load_part<float>(B + dstate + n, count);
+      }
+  }
+  return sum_lanes<float>(sums);
+}
+
+// Scan step of one row, gated.
+template <bool kSafe>
+void scan_step(const Plan& p, const Layer& l, int64_t row, const float* u, const float* z, const float* delta, const float* x, const float* B,
+               float* y) {
+  float* states = reinterpret_cast<float*>(l.state.data) + row * p.inner * p.dstate;
+  for (int64_t c = 0; c < p.inner; c += W) {
+    const int channels = int(p.inner - c < W ? p.inner - c : W);
+    const float* A = l.A + c * padded(p.dstate);
+    float* state = states + c * p.dstate;
+    const vf sums = channels == W && p.dstate == W
+                        ? step_tile<kSafe, true>(p.dstate, channels, A, delta + c, x + c, B, state)
+                        : step_tile<kSafe, false>(p.dstate, channels, A, delta + c, x + c, B, state);
+    store(y + c, (sums + load(l.D + c) * load(u + c)) * silu(load(z + c)));
   }
 }
 
-// delta after softplus; whether the short form of exp2 is exact for all of the layer's decays.
-bool begin_delta(const Plan& p, const Layer& l, float* delta) {
+// delta after softplus, and x = delta u; whether the short form of exp2 is exact for all of the layer's decays.
+bool begin_delta(const Plan& p, const Layer& l, const float* u, float* delta, float* x) {
   Mask<float> good = ~Mask<float>{};
   for (int64_t c = 0; c < p.inner; c += W) {
     const vf d = softplus(load(delta + c));
     store(delta + c, d);
+    store(x + c, d * load(u + c));
     good &= d * l.steepest < kExp2High;  // false for NaN
   }
   for (int i = 0; i < W; ++i)
@@ -148,17 +177,25 @@ bool begin_delta(const Plan& p, const Layer& l, float* delta) {
   return true;
 }
 
+// 1 / sqrt(mean of squares + eps)
+float norm_factor(const Plan& p, const float* x) {
+  vf sum = {};
+  for (int64_t k = 0; k < p.dim; k += W) {
+    const vf v = load_part<float>(x + k, int(p.dim - k < W ? p.dim - k : W));
+    sum += v * v;
+  }
+  return 1.0f / __builtin_sqrtf(sum_groups<float, 1>(sum)[0] / float(p.dim) + p.eps);
+}
+
 void run_row(const Plan& p, int64_t row, float* x, Scratch& scratch) {
   const int64_t inner = padded(p.inner), dim = padded(p.dim);
   float *e = scratch.take<float>(dim), *u = scratch.take<float>(inner), *z = scratch.take<float>(inner), *y = scratch.take<float>(inner);
-  float *delta = scratch.take<float>(inner), *projected = scratch.take<float>(padded(p.rank + 2 * p.dstate)), *out = scratch.take<float>(dim);
+  float *delta = scratch.take<float>(inner), *xd = scratch.take<float>(inner), *projected = scratch.take<float>(padded(p.rank + 2 * p.dstate)), *out = scratch.take<float>(dim);
   for (int64_t i = 0; i < p.layers; ++i) {
     const Layer& l = p.layer[i];
     const float* input = x;
     if (l.norm) {
-      float sum = 0;
-      for (int64_t k = 0; k < p.dim; ++k) sum += x[k] * x[k];
-      const float factor = 1.0f / __builtin_sqrtf(sum / float(p.dim) + p.eps);
+      const float factor = norm_factor(p, x);
       for (int64_t k = 0; k < p.dim; ++k) e[k] = x[k] * factor * l.norm[k];
       input = e;
     }
@@ -167,8 +204,8 @@ void run_row(const Plan& p, int64_t row, float* x, Scratch& scratch) {
     convolve(p, l, row, u);
     multiply(l.x_proj, u, projected);
     multiply(l.dt_proj, projected, delta);
-    if (begin_delta(p, l, delta)) scan_step<true>(p, l, row, u, z, delta, projected + p.rank, y);
-    else scan_step<false>(p, l, row, u, z, delta, projected + p.rank, y);
+    if (begin_delta(p, l, u, delta, xd)) scan_step<true>(p, l, row, u, z, delta, xd, projected + p.rank, y);
+    else scan_step<false>(p, l, row, u, z, delta, xd, projected + p.rank, y);
     multiply(l.out_proj, y, out);
     for (int64_t k = 0; k < p.dim; ++k) x[k] += out[k];
   }
@@ -227,7 +264,7 @@ void* step_create(const StepLayer* layers, int64_t count, double eps) {
 const char* step_run(void* plan, float* x, int64_t batch, int threads) {
   const Plan& p = *static_cast<Plan*>(plan);
   const int64_t inner = padded(p.inner), dim = padded(p.dim);
-  const int64_t bytes = (2 * dim + 4 * inner + padded(p.rank + 2 * p.dstate)) * 4 + 16 * 128;
+  const int64_t bytes = (2 * dim + 5 * inner + padded(p.rank + 2 * p.dstate)) * 4 + 16 * 128;
   bool failed = false;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (batch > 1)
   for (int64_t row = 0; row < batch; ++row) {

@@ -60,7 +60,13 @@ def whole(x, stack, eps):
 @pytest.mark.parametrize("optional", [True, False])
 @pytest.mark.parametrize(
     ("count", "batch", "dim", "inner", "dstate", "rank", "width"),
-    [(1, 1, 1, 1, 1, 1, 2), (3, 2, 20, 40, 5, 3, 4), (2, 1, 64, 128, 16, 4, 4), (2, 3, 27, 81, 64, 6, 3)],
+    [
+        (1, 1, 1, 1, 1, 1, 2),
+        (3, 2, 20, 40, 5, 3, 4),
+        (2, 1, 64, 128, 16, 4, 4),
+        (2, 2, 20, 40, 16, 3, 4),
+        (2, 3, 27, 81, 64, 6, 3),
+    ],
 )
 def test_steps_are_the_whole_sequence(backend, optional, count, batch, dim, inner, dstate, rank, width):
     eps, stack = 1e-5, layers(count, batch, dim, inner, dstate, rank, width, optional=optional)
@@ -132,6 +138,12 @@ def test_bad_x(backend, x):
     step = MambaStep(layers(1, 2, 20, 40), backend=backend)
     with pytest.raises(ValueError, match=r"mamba_step: x must be a contiguous float32 tensor of shape \(2, 20\)"):
         step(x)
+
+
+@needs_cpu
+def test_x_elsewhere():
+    with pytest.raises(ValueError, match="on the CPU, got torch.float32 .* on meta"):
+        MambaStep(layers(1, 2, 20, 40), backend="cpu")(torch.zeros(2, 20, device="meta"))
 
 
 @pytest.mark.parametrize(

@@ -98,19 +98,21 @@ class MambaStep:
                 raise RuntimeError(reason)
             self._plan = cpu.StepPlan([tuple(layer) for layer in self.layers], eps)
 
-    @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
-        if x.dtype != torch.float32 or not x.is_contiguous() or x.shape != (self.batch, self.dim):
-            raise ValueError(
-                f"mamba_step: x must be a contiguous float32 tensor of shape ({self.batch}, {self.dim}), got {x.dtype} {tuple(x.shape)}"
-            )
         if self._plan is not None:
-            if not x.is_cpu:
-                raise ValueError(f"mamba_step: x must be on the CPU, got {x.device}")
-            self._plan.run(x.data_ptr(), self.batch, self.dim, torch.get_num_threads())
-            return x
-        for layer in self.layers:
-            x += layer_step(x, layer, self.eps, self.backend)
+            fits = x.is_cpu and self._plan.run(x, torch.get_num_threads())
+        else:
+            fits = x.dtype == torch.float32 and x.is_contiguous() and x.shape == (self.batch, self.dim)
+        if not fits:
+            where = " on the CPU" if self._plan is not None else ""
+            raise ValueError(
+                f"mamba_step: x must be a contiguous float32 tensor of shape ({self.batch}, {self.dim}){where}, got {x.dtype} "
+                f"{tuple(x.shape)} with strides {x.stride()} on {x.device}"
+            )
+        if self._plan is None:
+            with torch.no_grad():
+                for layer in self.layers:
+                    x += layer_step(x, layer, self.eps, self.backend)
         return x
 
 
