@@ -1,7 +1,8 @@
 """What is measured of `selective_scan` and `bidirectional_selective_scan` alike.
 
 Time against the formulations of plain.py and the field's packages; the share of the multiply-add pipe that the
-arithmetic of the recurrence fills; sizes that are not multiples of a vector; bytes kept for the backward; peak memory.
+arithmetic of the recurrence fills; sizes that are not multiples of a vector; rows padded with zeros; bytes kept for the
+backward; peak memory.
 """
 
 from __future__ import annotations
@@ -218,6 +219,23 @@ def unaligned(setup: Setup, name: str) -> Iterator[Row]:
     yield setup.row(name, what, words(cases[162]), OURS, each[162] / each[160], "x", note=note)
 
 
+def padding(setup: Setup, name: str) -> Iterator[Row]:
+    """Behind the end of a zero-padded row states fade into denormal numbers, which many processors are slow at."""
+    sizes, what = sizes_of(4, 2048, 128), "zeros behind an eighth of u, over full rows"
+    setup.report(f"{name} {words(sizes)}: {what}")
+    for c in (OURS,) if setup.quick else (OURS, "pscan"):
+        runs: dict[str, Run] = {}
+        for end in (sizes["seqlen"] // 8, sizes["seqlen"]):
+            inputs = scan_case(setup, sizes)
+            inputs["u"][..., end:] = 0
+            inputs, wanted = leaves(inputs)
+            runs[str(end)] = timed_pass(setup, functools.partial(contestants(setup, name)[c], **inputs), wanted)
+        measured = alternate(runs, setup.budget, setup.least, setup.most)
+        padded, full = (t[BOTH].median for t in measured.values())
+        note = f"{1e3 * padded:.3g} ms, {1e3 * full:.3g} ms"
+        yield setup.row(name, what, words(sizes), c, padded / full, "x", note=note)
+
+
 def memory(setup: Setup, name: str) -> Iterator[Row]:
     what, unit = "saved for backward, inputs included", "elements of batch x seqlen x dim"
     plain_too = [c for c in ("torch", "pscan") if c in contestants(setup, name)]
@@ -240,4 +258,4 @@ def memory(setup: Setup, name: str) -> Iterator[Row]:
         yield from value_rows(setup, name, PEAK_OF[setup.kind], words(sizes), peaks, "bytes")
 
 
-PARTS = {"speed": speed, "pipe": pipe_share, "unaligned": unaligned, "memory": memory}
+PARTS = {"speed": speed, "pipe": pipe_share, "unaligned": unaligned, "padding": padding, "memory": memory}

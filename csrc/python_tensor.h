@@ -4,6 +4,7 @@
 #pragma once
 #include <pybind11/pybind11.h>
 
+#include <stdexcept>
 #include <string>
 
 #include "tensor.h"
@@ -19,7 +20,7 @@ constexpr int kDTypes = int(DType::none);
 inline PyObject* g_dtypes[kDTypes];
 // Attributes by interned names: half the time of a call is reading them.
 struct Names {
-  PyObject *home, *shape, *stride, *dtype, *data_ptr;
+  PyObject *home, *shape, *stride, *dtype, *data_ptr, *is_neg;
 };
 inline Names g_names;
 
@@ -53,7 +54,7 @@ constexpr int32_t kDlHome = 1;
 // To be called when the module is made.
 inline void learn_torch() {
   g_names = {PyUnicode_InternFromString(kHome), PyUnicode_InternFromString("shape"), PyUnicode_InternFromString("stride"),
-             PyUnicode_InternFromString("dtype"), PyUnicode_InternFromString("data_ptr")};
+             PyUnicode_InternFromString("dtype"), PyUnicode_InternFromString("data_ptr"), PyUnicode_InternFromString("is_neg")};
   const pybind11::module_ torch = pybind11::module_::import("torch");
   const char* names[kDTypes] = {"float32", "float64", "float16", "bfloat16", "uint8", "int8", "int16", "int32", "int64"};
   for (int i = 0; i < kDTypes; ++i) g_dtypes[i] = pybind11::object(torch.attr(names[i])).release().ptr();
@@ -115,6 +116,8 @@ struct type_caster<pixelbytes::Tensor> {
     value = {};
     if (source.is_none()) return true;
     if (!pixelbytes::read_exchange(source.ptr(), value) && !read_attributes(source)) return false;
+    if (pixelbytes::call(source, pixelbytes::g_names.is_neg).ptr() == Py_True)
+      throw std::runtime_error(PIXELBYTES_MODULE ": a tensor has its negative bit set, as that of x.conj().imag; call resolve_neg() on it");
 #ifdef PIXELBYTES_EMULATE
     value.data = static_cast<char*>(emulator::guarded(value.data, item_size(value.dtype), value.ndim, value.size, value.stride));
 #endif

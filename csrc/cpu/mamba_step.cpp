@@ -4,6 +4,7 @@
 //
 // The weights were packed when the plan was made: panels of kLanes outputs, so that a product is one broadcast and one multiply-add an
 // input and panel, without sums across lanes; panels that are multiplied together lie in one stream, read in order. States are the caller's tensors, updated in place. A row of the batch is one task.
+#include "cpu/denormals.h"
 #include "cpu/kernels.h"
 #include "cpu/tile.h"
 
@@ -268,6 +269,7 @@ const char* step_run(void* plan, float* x, int64_t batch, int threads) {
   bool failed = false;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads) if (batch > 1)
   for (int64_t row = 0; row < batch; ++row) {
+    const FlushDenormals flush;
     Scratch scratch(bytes);
     if (scratch) run_row(p, row, x + row * p.dim, scratch);
     else failed = true;

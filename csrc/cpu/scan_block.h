@@ -1,5 +1,6 @@
 // What forward and backward of the scan share: the plan, a task's tensors in scratch, coefficients, states, runs.
 #pragma once
+#include "cpu/denormals.h"
 #include "cpu/kernels.h"
 #include "cpu/scan_steps.h"
 

@@ -294,6 +294,7 @@ const char* backward(const ScanArgs& a) {
   if (!failed) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(a.threads)
     for (int64_t i = 0; i < p.tasks(); ++i) {
+      const FlushDenormals flush;
       Scratch scratch(ScanTask<T>::bytes(a, p) + Gradients<T>::bytes(a, p));
       if (!scratch) {
         failed = true;

@@ -84,6 +84,7 @@ const char* forward(const ScanArgs& a) {
   bool failed = false;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(a.threads)
   for (int64_t i = 0; i < p.tasks(); ++i) {
+    const FlushDenormals flush;
     Scratch scratch(ScanTask<T>::bytes(a, p));
     if (!scratch) {
       failed = true;

@@ -1,6 +1,7 @@
 // selective_state_update: one decoding step of the selective scan, state updated in place.
 //
 // Lanes are the states of one channel: a row of (batch, dim, dstate) is contiguous where it matters. A task is a batch row and 64 channels.
+#include "cpu/denormals.h"
 #include "cpu/kernels.h"
 #include "cpu/tile.h"
 
@@ -51,6 +52,7 @@ const char* update(const StateArgs& a) {
   const int64_t batch = a.x.size[0], dim = a.x.size[1], blocks = (dim + kChannels - 1) / kChannels;
 #pragma omp parallel for schedule(dynamic, 1) num_threads(a.threads) if (batch * blocks > 4)
   for (int64_t task = 0; task < batch * blocks; ++task) {
+    const FlushDenormals flush;
     const int64_t first = task % blocks * kChannels, last = first + kChannels < dim ? first + kChannels : dim;
     for (int64_t c = first; c < last; ++c) update_channel<T>(a, task / blocks, c);
   }

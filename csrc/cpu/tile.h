@@ -16,11 +16,11 @@ inline float half_to_float(uint16_t h) {
 #if defined(__F16C__)
   return _cvtsh_ss(h);
 #else
-  // 2^112 re-biases the exponent; subnormals come out right because the product is exact.
-  uint32_t magnitude = uint32_t(h & 0x7fff) << 13;
+  // 2^112 re-biases the exponent. Not of subnormals: as floats they would be denormal, and may count as zero (denormals.h).
+  const uint32_t magnitude = uint32_t(h & 0x7fff) << 13;
   float f;
   memcpy(&f, &magnitude, 4);
-  f *= 0x1p112f;
+  f = h & 0x7c00 ? f * 0x1p112f : float(h & 0x3ff) * 0x1p-24f;
   uint32_t bits;
   memcpy(&bits, &f, 4);
   if ((h & 0x7c00) == 0x7c00) bits = 0x7f800000u | (uint32_t(h & 0x3ff) << 13);

@@ -38,6 +38,10 @@ def scans():
         check("selective_scan", t.scan_inputs(2, 17, 34, 5, constant="BC", z=False, D=False, **states), **shared)
         check("selective_scan", t.scan_inputs(1, 33, 1, 1, delta_softplus=False, delta_bias=False), **shared)
     check("bidirectional_selective_scan", t.scan_inputs(2, 17, 65, 5), scale=0.5)
+    subnormal, one = torch.arange(1, 1024, dtype=torch.int16).view(torch.float16).reshape(1, 1, -1), torch.ones(1, 1, 1)
+    rows = one.expand(1, 1, 1023), -10 * one[0], one.expand(1, 1, 1023), one.expand(1, 1, 1023)
+    out = pk.selective_scan(subnormal, *rows, backend="cpu")
+    torch.testing.assert_close(out, pk.selective_scan_ref(subnormal, *rows), rtol=2e-3, atol=6e-8)
     check("bidirectional_selective_scan", {**t.scan_inputs(2, 17, 33, 5), **own})
 
 
