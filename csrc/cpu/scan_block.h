@@ -148,11 +148,13 @@ struct ScanTask {
   const T *B, *C;                   // of the present chunk (time, state), or constant (tile, state, lane)
   int64_t pitch_B = 0, pitch_C = 0;
 
+  // B or C of one step in scratch: whole vectors.
+  static int64_t row_of_states(const Plan& p) { return (p.dstate + W - 1) / W * W; }
   static int64_t bytes(const ScanArgs& a, const Plan& p) {
     const int64_t row = Rows<T>::size(p.block_tiles, a.directions == 2 && p.seqlen > kChunk ? p.seqlen : kChunk);
     const int64_t states = p.block_tiles * p.dstate * W;
     return (row * (1 + 2 * a.directions) + p.block_tiles * kChunk * W + states * 7 + p.block_tiles * W * 2 +
-            2 * kChunk * p.dstate) * int64_t(sizeof(T)) + 16 * 128;
+            2 * kChunk * row_of_states(p)) * int64_t(sizeof(T)) + 16 * 128;
   }
 
   ScanTask(const ScanArgs& args, const Plan& plan, int64_t task, Scratch& scratch) : a(args), p(plan) {
@@ -177,8 +179,8 @@ struct ScanTask {
     y.open(scratch, tiles, a.directions == 2, p.seqlen);
     h = scratch.take<T>(states);
     stage = scratch.take<T>(tiles * kChunk * W);
-    B_scratch = scratch.take<T>(kChunk * p.dstate + states);
-    C_scratch = scratch.take<T>(kChunk * p.dstate + states);
+    B_scratch = scratch.take<T>(kChunk * row_of_states(p) + states);
+    C_scratch = scratch.take<T>(kChunk * row_of_states(p) + states);
     load_parameters();
   }
 
@@ -304,12 +306,16 @@ struct ScanTask {
       *pitch = t.stride[3];
       return reinterpret_cast<const T*>(from.at(0, t0));
     }
-    *pitch = p.dstate;
+    *pitch = row_of_states(p);
     for (int64_t n = 0; n < p.dstate; n += W) {
       const int64_t count = p.dstate - n < W ? p.dstate - n : W;
+      if (*pitch == W) {
+        load_block<T>(from, n, count, t0, t1 - t0, {to, 0, 1});
+        break;
+      }
       alignas(64) T tile[kChunk * W];
       load_block<T>(from, n, count, t0, t1 - t0, {tile, 0, 1});
-      for (int64_t i = 0; i < t1 - t0; ++i) memcpy(to + i * p.dstate + n, tile + i * W, size_t(count) * sizeof(T));
+      for (int64_t i = 0; i < t1 - t0; ++i) store(to + i * *pitch + n, load(tile + i * W));
     }
     return to;
   }
