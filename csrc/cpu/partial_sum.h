@@ -1,4 +1,4 @@
-// Gradients that are summed over tasks: every task writes its own part, the parts are added in order at the end.
+// Gradients that are summed over tasks: every task writes its own part, each number of it, and the parts are added in order at the end.
 #pragma once
 #include <cstdlib>
 #include <cstring>
@@ -12,21 +12,27 @@ template <class T>
 class PartialSum {
  public:
   PartialSum() = default;
-  ~PartialSum() { free(data_); }
+  ~PartialSum() {
+    if (data_ != out_) free(data_);
+  }
   PartialSum(const PartialSum&) = delete;
 
-  // (parts, size) zeros for the contiguous `out`, or nothing where `out` is null. False: out of memory.
+  // Room for (parts, size) that become the contiguous `out`, which is the only part itself; nothing where `out` is null. False: out of memory.
   bool open(const Tensor& out, int64_t parts, int64_t size) {
     if (!out) return true;
     out_ = reinterpret_cast<T*>(out.data), parts_ = parts, size_ = size;
-    data_ = static_cast<T*>(calloc(size_t(parts * size) + 1, sizeof(T)));
+    if (parts == 1) {
+      data_ = out_;
+      return true;
+    }
+    data_ = static_cast<T*>(malloc((size_t(parts * size) + 1) * sizeof(T)));
     ask_for_huge_pages(data_, parts * size * int64_t(sizeof(T)));
     return data_ != nullptr;
   }
   T* data() const { return data_; }
   T* part(int64_t i) const { return data_ ? data_ + i * size_ : nullptr; }
   void close(int threads) const {
-    if (!out_) return;
+    if (data_ == out_) return;
 #pragma omp parallel for schedule(static) num_threads(threads)
     for (int64_t begin = 0; begin < size_; begin += kPiece) {
       const int64_t count = size_ - begin < kPiece ? size_ - begin : kPiece;

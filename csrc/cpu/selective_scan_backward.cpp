@@ -154,11 +154,21 @@ void backward_pass(ScanTask<T>& k, Gradients<T>& g, int d, int64_t chunk, int64_
   });
 }
 
-// The sums of a chunk, in scan order, onto the task's partial sums of dB and dC in order of time.
+template <int kCount, class T>
+inline void put(T* to, const T* values, bool add) {
+  if (!add) memcpy(to, values, kCount * sizeof(T));
+  else
+    for (int j = 0; j < kCount; ++j) to[j] += values[j];
+}
+
+// The sums of a chunk, in scan order, to the task's partial sums of dB and dC in order of time; added to what the first direction left where
+// they are of both.
 template <class T, bool kVariesB, bool kVariesC>
-void add_sums(const ScanTask<T>& k, const Gradients<T>& g, bool reverse, int64_t t0, int64_t t1, T* dB, T* dC) {
+void add_sums(const ScanTask<T>& k, const Gradients<T>& g, int d, int64_t t0, int64_t t1, T* dB, T* dC) {
   constexpr int W = kLanes<T>;
-  const int64_t first = k.sums_at(reverse ? t1 - 1 : t0), by = reverse ? -k.p.dstate : k.p.dstate;
+  const ScanDirection& dir = k.a.direction[d];
+  const int64_t first = k.sums_at(dir.reverse ? t1 - 1 : t0), by = dir.reverse ? -k.p.dstate : k.p.dstate;
+  const bool add_B = d && !dir.B, add_C = d && !dir.C;
   const T* pass = g.sums;
   for_states<kStates>(k.p.dstate, [&](int64_t n, auto states) {
     constexpr int N = decltype(states)::value;
@@ -169,11 +179,11 @@ void add_sums(const ScanTask<T>& k, const Gradients<T>& g, bool reverse, int64_t
         alignas(64) T values[Sums::kVectors * W];
         for (int v = 0; v < Sums::kVectors; ++v) store(values + v * W, sum_groups<T, Sums::kValues>(load(pass + (i * Sums::kVectors + v) * W)));
         if (to_C) {
-          for (int j = 0; j < N; ++j) to_C[j] += values[j];
+          put<N>(to_C, values, add_C);
           to_C += by;
         }
         if (to_B) {
-          for (int j = 0; j < N; ++j) to_B[j] += values[kVariesC * N + j];
+          put<N>(to_B, values + kVariesC * N, add_B);
           to_B += by;
         }
       }
@@ -258,7 +268,7 @@ void backward_direction(ScanTask<T>& k, Gradients<T>& g, int d, const Partials<T
         sums += kChunk * g.kMaxVectors * kLanes<T>;
       });
     }
-    if (kVariesB || kVariesC) add_sums<T, kVariesB, kVariesC>(k, g, dir.reverse, t0, t1, partials.dB[d], partials.dC[d]);
+    if (kVariesB || kVariesC) add_sums<T, kVariesB, kVariesC>(k, g, d, t0, t1, partials.dB[d], partials.dC[d]);
     store_input_gradients(k, g, d, t0, t1);
     if (last && with_y) store_gate(k, g, t0, t1);
   }
