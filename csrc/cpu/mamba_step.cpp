@@ -3,7 +3,8 @@
 //   x += out_proj(scan_step(silu(conv_step(in_proj(norm(x)))))) for every layer
 //
 // The weights were packed when the plan was made: panels of kLanes outputs, so that a product is one broadcast and one multiply-add an
-// input and panel, without sums across lanes; panels that are multiplied together lie in one stream, read in order. States are the caller's tensors, updated in place. A row of the batch is one task.
+// input and panel, without sums across lanes; panels that are multiplied together lie in one stream, read in order. States are the
+// caller's tensors, updated in place. A row of the batch is one task.
 #include "cpu/denormals.h"
 #include "cpu/kernels.h"
 #include "cpu/tile.h"
@@ -18,7 +19,6 @@ constexpr int W = kLanes<float>;
 struct Packed {
   float *weight = nullptr, *bias = nullptr;
   int64_t in = 0, panels = 0;
-  int64_t floats() const { return panels * in * W; }
 };
 
 // Calls f(first panel, count as a constant) for every group.

@@ -307,12 +307,12 @@ struct ScanTask {
       return reinterpret_cast<const T*>(from.at(0, t0));
     }
     *pitch = row_of_states(p);
+    if (*pitch == W) {
+      load_block<T>(from, 0, p.dstate, t0, t1 - t0, {to, 0, 1});
+      return to;
+    }
     for (int64_t n = 0; n < p.dstate; n += W) {
       const int64_t count = p.dstate - n < W ? p.dstate - n : W;
-      if (*pitch == W) {
-        load_block<T>(from, n, count, t0, t1 - t0, {to, 0, 1});
-        break;
-      }
       alignas(64) T tile[kChunk * W];
       load_block<T>(from, n, count, t0, t1 - t0, {tile, 0, 1});
       for (int64_t i = 0; i < t1 - t0; ++i) store(to + i * *pitch + n, load(tile + i * W));
