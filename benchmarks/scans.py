@@ -199,41 +199,40 @@ def pipe_share(setup: Setup, name: str) -> Iterator[Row]:
             yield setup.row(name, what, words(sizes), OURS, s.median, "%", low=s.low, high=s.high, note=note)
 
 
-def unaligned(setup: Setup, name: str) -> Iterator[Row]:
-    """dim 81 is the inner 162 of the paper's model, no multiple of any vector; its d_state is 64."""
-    batch = 32 if setup.on_gpu else 4
-    cases = {dim: sizes_of(batch, 256, dim, 64) for dim in (162, 160)}
-    refused = gate(setup, name, [OURS], cases[162], gate_limit(setup) >> 2).get(OURS)
-    what = "dim 162 over dim 160, per state update"
+def quotient(setup: Setup, name: str, c: str, what: str, cases: Mapping[str, tuple[Mapping[str, int], Inputs]]) -> Row:
+    """Time of a state update in the first of two cases (sizes and inputs by name) over that in the second."""
+    of = next(iter(cases.values()))[0]
+    setup.report(f"{name} {words(of)}: {what}")
+    refused = gate(setup, name, [c], of, gate_limit(setup) >> 2).get(c)
     try:
-        runs = {str(dim): workload(setup, name, OURS, sizes) for dim, sizes in cases.items()}
-        setup.report(f"{name} {words(cases[162])}: against dim 160")
+        runs: dict[str, Run] = {}
+        for case, (_, inputs) in cases.items():
+            runs[case] = timed_pass(setup, functools.partial(contestants(setup, name)[c], **inputs), leaves(inputs)[1])
         measured = alternate(runs, setup.budget, setup.least, setup.most) if not refused else {}
     except Exception as failed:
         refused = why_not(failed)
     if refused:
-        yield setup.row(name, what, words(cases[162]), OURS, math.nan, "x", note=refused)
-        return
-    each = {dim: measured[str(dim)][BOTH].median / updates(sizes) for dim, sizes in cases.items()}
-    note = ", ".join(f"dim {dim}: {1e12 * t:.3g} ps" for dim, t in each.items())
-    yield setup.row(name, what, words(cases[162]), OURS, each[162] / each[160], "x", note=note)
+        return setup.row(name, what, words(of), c, math.nan, "x", note=refused)
+    each = {case: measured[case][BOTH].median / updates(sizes) for case, (sizes, _) in cases.items()}
+    note = ", ".join(f"{case}: {1e12 * t:.3g} ps" for case, t in each.items())
+    first, second = each.values()
+    return setup.row(name, what, words(of), c, first / second, "x", note=note)
+
+
+def unaligned(setup: Setup, name: str) -> Iterator[Row]:
+    """dim 81 is the inner 162 of the paper's model, no multiple of any vector; its d_state is 64."""
+    all_sizes = [sizes_of(32 if setup.on_gpu else 4, 256, dim, 64) for dim in (162, 160)]
+    cases = {f"dim {sizes['dim']}": (sizes, scan_case(setup, sizes)) for sizes in all_sizes}
+    yield quotient(setup, name, OURS, "dim 162 over dim 160, per state update", cases)
 
 
 def padding(setup: Setup, name: str) -> Iterator[Row]:
     """Behind the end of a zero-padded row states fade into denormal numbers, which many processors are slow at."""
-    sizes, what = sizes_of(4, 2048, 128), "zeros behind an eighth of u, over full rows"
-    setup.report(f"{name} {words(sizes)}: {what}")
+    sizes = sizes_of(4, 2048, 128)
+    cases = {case: (sizes, scan_case(setup, sizes)) for case in ("padded", "full")}
+    cases["padded"][1]["u"][..., sizes["seqlen"] // 8 :] = 0
     for c in (OURS,) if setup.quick else (OURS, "pscan"):
-        runs: dict[str, Run] = {}
-        for end in (sizes["seqlen"] // 8, sizes["seqlen"]):
-            inputs = scan_case(setup, sizes)
-            inputs["u"][..., end:] = 0
-            inputs, wanted = leaves(inputs)
-            runs[str(end)] = timed_pass(setup, functools.partial(contestants(setup, name)[c], **inputs), wanted)
-        measured = alternate(runs, setup.budget, setup.least, setup.most)
-        padded, full = (t[BOTH].median for t in measured.values())
-        note = f"{1e3 * padded:.3g} ms, {1e3 * full:.3g} ms"
-        yield setup.row(name, what, words(sizes), c, padded / full, "x", note=note)
+        yield quotient(setup, name, c, "zeros behind an eighth of u, over full rows", cases)
 
 
 def memory(setup: Setup, name: str) -> Iterator[Row]:

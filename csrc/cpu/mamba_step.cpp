@@ -191,7 +191,8 @@ float norm_factor(const Plan& p, const float* x) {
 void run_row(const Plan& p, int64_t row, float* x, Scratch& scratch) {
   const int64_t inner = padded(p.inner), dim = padded(p.dim);
   float *e = scratch.take<float>(dim), *u = scratch.take<float>(inner), *z = scratch.take<float>(inner), *y = scratch.take<float>(inner);
-  float *delta = scratch.take<float>(inner), *xd = scratch.take<float>(inner), *projected = scratch.take<float>(padded(p.rank + 2 * p.dstate)), *out = scratch.take<float>(dim);
+  float *delta = scratch.take<float>(inner), *xd = scratch.take<float>(inner), *out = scratch.take<float>(dim);
+  float* projected = scratch.take<float>(padded(p.rank + 2 * p.dstate));
   for (int64_t i = 0; i < p.layers; ++i) {
     const Layer& l = p.layer[i];
     const float* input = x;

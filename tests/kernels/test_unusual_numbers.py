@@ -14,22 +14,15 @@ flushes = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64", "aarch64", "arm64"),
     reason="denormals are flushed on x86-64 and arm64",
 )
-TINY = 1e-36  # normal in float32; divided by 1000 it is not
-
-
-def fading_scan(seqlen=20):
-    """Nothing comes in, the state loses half of itself at every step: denormal from the seventh on, and nowhere near zero after twenty."""
-    one = torch.ones(1, 17, seqlen)
-    coefficient = torch.ones(1, 1, 5, seqlen)
-    state = torch.full((1, 17, 5), TINY)
-    A = torch.full((17, 5), -0.6931472)
-    inputs = {"u": one * 0, "delta": one, "A": A, "B": coefficient, "C": coefficient, "initial_state": state}
-    return selective_scan(**inputs, return_last_state=True, backend="cpu")
 
 
 @flushes
 def test_a_fading_state_ends_at_zero():
-    out, last = fading_scan()
+    """Nothing comes in, the state loses half of itself at every step: denormal from the seventh on, not zero by itself after twenty."""
+    one, coefficient = torch.ones(1, 17, 20), torch.ones(1, 1, 5, 20)
+    state, A = torch.full((1, 17, 5), 1e-36), torch.full((17, 5), -0.6931472)
+    inputs = {"u": one * 0, "delta": one, "A": A, "B": coefficient, "C": coefficient, "initial_state": state}
+    out, last = selective_scan(**inputs, return_last_state=True, backend="cpu")
     assert not last.any() and not out[..., -10:].any()
     assert (out[..., :4] > 0).all()
 
