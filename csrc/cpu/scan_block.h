@@ -143,6 +143,7 @@ struct ScanTask {
   bool separate_u, separate_delta;  // the second direction has its own
   Rows<T> u[2], delta[2], y;
   T *A[2], *A2[2], *D[2], *h;       // (tile, state, lane); D (tile, lane); A2 = A log2(e)
+  T* steepest[2];                   // (tile, lane): the lowest A2 of all states, or NaN where one is above zero or NaN
   T* stage;                         // (tile, time in chunk, lane), for whatever is on its way in or out
   T *B_scratch, *C_scratch;
   const T *B, *C;                   // of the present chunk (time, state), or constant (tile, state, lane)
@@ -153,8 +154,8 @@ struct ScanTask {
   static int64_t bytes(const ScanArgs& a, const Plan& p) {
     const int64_t row = Rows<T>::size(p.block_tiles, a.directions == 2 && p.seqlen > kChunk ? p.seqlen : kChunk);
     const int64_t states = p.block_tiles * p.dstate * W;
-    return (row * (1 + 2 * a.directions) + p.block_tiles * kChunk * W + states * 7 + p.block_tiles * W * 2 +
-            2 * kChunk * row_of_states(p)) * int64_t(sizeof(T)) + 16 * 128;
+    return (row * (1 + 2 * a.directions) + p.block_tiles * kChunk * W + states * 7 + p.block_tiles * W * 4 +
+            2 * kChunk * row_of_states(p)) * int64_t(sizeof(T)) + 18 * 128;
   }
 
   ScanTask(const ScanArgs& args, const Plan& plan, int64_t task, Scratch& scratch) : a(args), p(plan) {
@@ -174,6 +175,7 @@ struct ScanTask {
       const bool shared = d && !a.direction[d].A;
       A[d] = shared ? A[0] : scratch.take<T>(states);
       A2[d] = shared ? A2[0] : scratch.take<T>(states);
+      steepest[d] = shared ? steepest[0] : scratch.take<T>(tiles * W);
       D[d] = d && !a.direction[d].D ? D[0] : scratch.take<T>(tiles * W);
     }
     y.open(scratch, tiles, a.directions == 2, p.seqlen);
@@ -205,7 +207,13 @@ struct ScanTask {
       for (int64_t tile = 0; tile < tiles; ++tile) {
         if (d == 0 || dir.D) store(D[d] + tile * W, dir.D ? load_channels<T>(dir.D, channel + tile * W, valid(tile)) : Vec<T>{});
         if (!dir.A) continue;
-        for (int64_t n = 0; n < p.dstate; ++n) store(state(A2[d], tile, n), load(state(A[d], tile, n)) * T(1.4426950408889634));
+        Vec<T> lowest = {};
+        for (int64_t n = 0; n < p.dstate; ++n) {
+          const Vec<T> a2 = load(state(A[d], tile, n)) * T(1.4426950408889634);
+          store(state(A2[d], tile, n), a2);
+          lowest = select(a2 <= lowest, a2, select(a2 <= T(0), lowest, splat(T(NAN))));  // once NaN, no comparison is true again
+        }
+        store(steepest[d] + tile * W, lowest);
       }
     }
   }
@@ -336,9 +344,10 @@ struct ScanTask {
   }
 
   // Where the inner loops start for states n, n + 1, ... of a tile and a run of the chunk at t0.
+  template <bool kVariesB, bool kVariesC>
   Steps<T> steps(int d, int64_t tile, int64_t t0, int64_t n, const Run& run, const Ahead& ahead) {
-    const T* at_B = B + (varies(&ScanDirection::B, d) ? run.offset * pitch_B + n : (tile * p.dstate + n) * W);
-    const T* at_C = C + (varies(&ScanDirection::C, d) ? run.offset * pitch_C + n : (tile * p.dstate + n) * W);
+    const T* at_B = B + (kVariesB ? run.offset * pitch_B + n : (tile * p.dstate + n) * W);
+    const T* at_C = C + (kVariesC ? run.offset * pitch_C + n : (tile * p.dstate + n) * W);
     return {run.count, a.direction[d].reverse ? -1 : 1, rows_u(d).at(tile, t0 + run.offset), rows_delta(d).at(tile, t0 + run.offset),
             at_B, at_C, pitch_B, pitch_C, ahead.from(run.begin)};
   }
@@ -347,7 +356,7 @@ struct ScanTask {
 // Whether the products of a tile's delta in one chunk with its A2 all stay where the short form of exp2 is exact enough: delta not negative,
 // A2 not positive. As unsigned numbers the bits of such floats are in the order of the floats, and those of NaN, infinity and negative ones
 // above them.
-inline bool is_safe(const float* delta, int64_t steps, const float* A2, int64_t dstate) {
+inline bool is_safe(const float* delta, int64_t steps, const float* steepest) {
   Bits<float> high = {};
   for (int64_t t = 0; t < steps; ++t) {
     const Bits<float> d = bits(load(delta + t * kLanes<float>));
@@ -355,16 +364,9 @@ inline bool is_safe(const float* delta, int64_t steps, const float* A2, int64_t 
   }
   vf most;
   memcpy(&most, &high, sizeof most);
-  vi good = bits(most) < bits(splat(INFINITY));
-  for (int64_t n = 0; n < dstate; ++n) {
-    const vf a2 = load(A2 + n * kLanes<float>);
-    good &= (a2 * most > -65536.0f) & (a2 <= 0.0f);
-  }
-  bool safe = true;
-  for (int i = 0; i < kLanes<float>; ++i) safe &= good[i] != 0;
-  return safe;
+  return all((vi)(high < bits(splat(INFINITY))) & (load(steepest) * most > -65536.0f));
 }
-inline bool is_safe(const double*, int64_t, const double*, int64_t) { return false; }  // it has no short form
+inline bool is_safe(const double*, int64_t, const double*) { return false; }  // it has no short form
 
 template <class F>
 inline void with_bool(bool b, F&& f) {

@@ -135,7 +135,7 @@ void backward_pass(ScanTask<T>& k, Gradients<T>& g, int d, int64_t chunk, int64_
         const int begin = runs[r].begin;
         if (runs[r].fresh) memset(h, 0, sizeof h);
         recompute_steps<T, kCount, kVariesB, kVariesC, decltype(safe)::value, decltype(with_y)::value>(
-            k.steps(d, tile, t0, n, runs[r], lines), A, A2, h, k.y.at(tile, t0 + runs[r].offset), g.decays + begin * kRow,
+            k.template steps<kVariesB, kVariesC>(d, tile, t0, n, runs[r], lines), A, A2, h, k.y.at(tile, t0 + runs[r].offset), g.decays + begin * kRow,
             g.states + (begin + r) * kRow);
       }
     });
@@ -148,7 +148,7 @@ void backward_pass(ScanTask<T>& k, Gradients<T>& g, int d, int64_t chunk, int64_
       const Sweep<T> sweep{g.dy.at(tile, t0 + runs[r].offset), g.dx + at, g.ddecay + at, g.decays + begin * kRow,
                            g.states + (begin + r) * kRow, sums + begin * kSums, k.state(g.dB[d], tile, n), k.state(g.dC[d], tile, n), dh, dA,
                            k.valid(tile), n == 0};
-      sweep_steps<T, kCount, kVariesB, kVariesC, decltype(whole)::value>(k.steps(d, tile, t0, n, runs[r], lines), sweep, A);
+      sweep_steps<T, kCount, kVariesB, kVariesC, decltype(whole)::value>(k.template steps<kVariesB, kVariesC>(d, tile, t0, n, runs[r], lines), sweep, A);
       if (runs[r].fresh) memset(dh, 0, sizeof(T) * kRow);
     }
   });
@@ -261,7 +261,7 @@ void backward_direction(ScanTask<T>& k, Gradients<T>& g, int d, const Partials<T
     const int count = find_runs(k.a.seq_idx, k.batch, t0, t1, p.seqlen, dir.reverse, runs);
     if (kVariesB || kVariesC) memset(g.sums, 0, size_t(g.sums_of(p)) * sizeof(T));
     for (int64_t tile = 0; tile < k.tiles; ++tile) {
-      const bool safe = is_safe(k.rows_delta(d).at(tile, t0), t1 - t0, k.state(k.A2[d], tile, 0), p.dstate);
+      const bool safe = is_safe(k.rows_delta(d).at(tile, t0), t1 - t0, k.steepest[d] + tile * kLanes<T>);
       T* sums = g.sums;
       for_states<kStates>(p.dstate, [&](int64_t n, auto states) {
         backward_pass<T, kVariesB, kVariesC, decltype(states)::value>(k, g, d, chunk, t0, tile, n, sums, runs, count, safe, ahead);

@@ -99,6 +99,19 @@ inline vf at_most(vf x, vf high) { return x > high ? high : x; }
 #endif
 inline vd at_least(vd x, vd low) { return x < low ? low : x; }
 
+// Whether a comparison holds in every lane.
+inline bool all(vi m) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)m, (__m512i)m) == 0xffff;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)m) == 0xff;
+#else
+  bool every = true;
+  for (int i = 0; i < kLanes<float>; ++i) every &= m[i] != 0;
+  return every;
+#endif
+}
+
 inline Bits<float> bits(vf v) {
   Bits<float> b;
   memcpy(&b, &v, sizeof b);
@@ -177,8 +190,9 @@ inline vf exp2_product(vf a, vf b, vf b_low = vf{}) {
   const vf magic = splat(kMagic);
 #if defined(__AVX512F__)
   if constexpr (kSafe) {
-    const vf t = a * b + magic, tn = t - magic;
-    return exp2_split(t, tn, a * b - tn);
+    // Spelled out, since a compiler may share the rounded product of both sums instead.
+    const vf t = (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)magic), tn = t - magic;
+    return exp2_split(t, tn, (vf)_mm512_fmsub_ps((__m512)a, (__m512)b, (__m512)tn));
   }
 #endif
   const vf y = a * b;

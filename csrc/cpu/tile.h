@@ -269,7 +269,12 @@ void load_block_as(const Plane& p, int64_t channel, int64_t channels, int64_t ti
       for (int64_t t = 0; t < steps; t += W) {
         const int count = int(steps - t < W ? steps - t : W);
         Vec<T> v[W];
-        for (int c = 0; c < W; ++c) v[c] = c < valid ? load_part<T>(row + c * cs + t, count) : Vec<T>{};
+        if (valid == W && count == W) {  // a run of loads without a branch between them
+#pragma GCC unroll 16
+          for (int c = 0; c < W; ++c) v[c] = load_row<T>(row + c * cs + t);
+        } else {
+          for (int c = 0; c < W; ++c) v[c] = c < valid ? load_part<T>(row + c * cs + t, count) : Vec<T>{};
+        }
         transpose<T>(v);
         for (int i = 0; i < count; ++i) store(tile + (t + i) * W, v[i]);
       }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -73,6 +74,24 @@ def test_growing_states(backend, reverse, steps):
     for draw in inputs:
         draw["delta"] = -0.4 * draw["delta"].abs() if steps == "negative" else 2 * draw["delta"]
     check(inputs, backend, reverse=reverse)
+
+
+@needs_cpu
+@pytest.mark.parametrize("channel", [0, 7, 15, 16])
+def test_one_growing_state_among_fading_ones(channel):
+    """Where a factor may exceed 1, a tile takes the exact form of the exponential: the rounding of A log2(e) would grow with it."""
+    draw = torch.Generator().manual_seed(channel)
+    A, delta = -torch.rand(17, 5, generator=draw), torch.ones(1, 17, 4)
+    positive = 0.5 + torch.rand(64, generator=draw)
+    exact = positive.double() * math.log2(math.e)
+    A[channel, 3] = positive[((exact.float() - exact) / exact).abs().argmax()]
+    delta[0, channel] = 40 / A[channel, 3]  # exp(40) a step, infinity at the fourth
+    state, zeros = torch.zeros(1, 17, 5), torch.zeros(1, 1, 5, 4)
+    state[0, channel, 3] = 2.0**-60
+    out = selective_scan(torch.zeros(1, 17, 4), delta, A, zeros, zeros + 1, initial_state=state, backend="cpu")
+    first = 2.0**-60 * torch.exp(delta[0, channel, 0].double() * A[channel, 3].double())
+    assert (out[0, channel, 0] / first - 1).abs() < 1.5e-6
+    assert out[0, channel].isfinite().tolist() == [True, True, True, False]
 
 
 # 51 channels in 3 groups of 17: every group ends in a part of a vector. 20 in 20: one channel each.
