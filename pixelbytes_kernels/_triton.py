@@ -105,10 +105,15 @@ def launch(
 
     Raises:
         ValueError: the grid is larger than a GPU allows.
+        RuntimeError: a tensor is lazily negated: a kernel would read its memory without the sign.
     """
     check_grid(op, grid)
     if 0 in grid:
         return
+    if any(isinstance(value, Tensor) and value.is_neg() for value in arguments.values()):
+        raise RuntimeError(
+            f"{op}: a tensor has its negative bit set, as that of x.conj().imag; call resolve_neg() on it"
+        )
     made = Launch(op, kernel, grid, arguments, num_warps, max_registers)
     if _handler:
         _handler(made)

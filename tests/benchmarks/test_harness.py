@@ -4,6 +4,7 @@ command.
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import subprocess
@@ -29,6 +30,7 @@ from benchmarks.harness import (
     spread,
 )
 from pixelbytes_kernels import (
+    available_backends,
     bidirectional_selective_scan_ref,
     causal_conv1d_ref,
     selective_scan,
@@ -120,6 +122,25 @@ def test_what_is_refused_is_not_timed(monkeypatch):
     monkeypatch.setattr(scans, "contestants", lambda setup, name: both)
     sizes = scans.sizes_of(1, 8, 3, 2)
     assert set(scans.gate(Setup(), "selective_scan", [OURS, "pscan"], sizes, 1 << 10)) == {OURS, "pscan"}
+
+
+@pytest.mark.parametrize("name", scans.OPS)
+@pytest.mark.parametrize("part", ["pipe", "unaligned", "padding"])
+def test_parts_of_the_scans(monkeypatch, part, name):
+    """Small sizes: what they measure is a plausible number, or there is a reason on the row."""
+    monkeypatch.setitem(scans.CASES, "cpu", [(2, 256, 128)])
+    rows = list(scans.PARTS[part](Setup(quick=True, seconds=0.0, least=1, most=1), name))
+    if part == "pipe":
+        expected = {"forward", "backward"} if available_backends()["cpu"][0] and _isa() in ("v3", "v4") else set()
+        assert {row.what.split(", ")[1] for row in rows} == expected
+        assert all(0 < row.value < 100 for row in rows)
+    else:
+        (row,) = rows
+        assert 0.01 < row.value < 100, row.note
+
+
+def _isa() -> str:
+    return importlib.import_module("pixelbytes_kernels._cpu").isa
 
 
 def test_what_fails_at_full_size_is_a_row_with_the_reason():

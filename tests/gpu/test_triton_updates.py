@@ -51,6 +51,15 @@ def test_optional_arguments(D, z, dt_bias, softplus):
     check({**inputs, "dt_softplus": bool(softplus)})
 
 
+def test_lazily_negated_tensors_are_refused():
+    inputs = update_inputs(2, 7, 5)
+    lazy = torch.randn(2, 7, dtype=torch.complex64).conj().imag
+    assert lazy.is_neg()
+    with pytest.raises(RuntimeError, match=r"selective_state_update: .*negative bit set.*resolve_neg\(\)"):
+        selective_state_update(**{**inputs, "x": lazy}, backend="triton")
+    check({**inputs, "x": lazy.resolve_neg()})
+
+
 @pytest.mark.parametrize("groups", [1, 2, 20])
 def test_groups(groups):
     check(update_inputs(2, 20, 5, groups=groups))
