@@ -41,12 +41,6 @@ Plan make_plan(const ScanArgs& a) {
   return p;
 }
 
-struct Run {
-  int begin, count;  // steps of the chunk before it, and its own
-  int offset;        // first step relative to the chunk's lowest time
-  bool fresh;        // the sequence index changed: the state starts from zero
-};
-
 // The runs of equal sequence index within [t0, t1), in scan order.
 inline int find_runs(const Tensor& seq_idx, int64_t batch, int64_t t0, int64_t t1, int64_t seqlen, bool reverse, Run* runs) {
   const int steps = int(t1 - t0), first = reverse ? steps - 1 : 0, sign = reverse ? -1 : 1;
@@ -116,18 +110,17 @@ class AheadList {
       all_[count_++] = {begin + row * pitch, pitch, int(rows - row < kChunk ? rows - row : kChunk)};
   }
   void deal(int64_t passes) { each_ = (count_ + passes - 1) / passes; }
-  // What the next pass asks for; if it takes more, the others are asked for now.
+  // What the next pass asks for; if its steps are too few for all of it, the others are asked for now.
   Ahead next() {
     const int64_t end = at_ + each_ < count_ ? at_ + each_ : count_;
-    const Ahead ahead{take(end), take(end)};
+    const LineRows none{nullptr, 0, 0}, now = at_ < end ? all_[at_++] : none;
+    const Ahead ahead{now, at_ < end && now.count + all_[at_].count <= kChunk ? all_[at_++] : none};
     for (; at_ < end; ++at_)
       while (all_[at_].count > 0) all_[at_].ask();
     return ahead;
   }
 
  private:
-  LineRows take(int64_t end) { return at_ < end ? all_[at_++] : LineRows{nullptr, 0, 0}; }
-
   static constexpr int64_t kMax = 128;
   LineRows all_[kMax];  // the first count_ of them
   int64_t count_ = 0, at_ = 0, each_ = 0;
@@ -343,13 +336,12 @@ struct ScanTask {
     store_block<T>(plane(to, batch), channel, channels, 0, p.dstate, {from, p.dstate * W, int(tiles)});
   }
 
-  // Where the inner loops start for states n, n + 1, ... of a tile and a run of the chunk at t0.
+  // Where the inner loops start for a tile in the chunk at t0, at its first state and lowest time.
   template <bool kVariesB, bool kVariesC>
-  Steps<T> steps(int d, int64_t tile, int64_t t0, int64_t n, const Run& run, const Ahead& ahead) {
-    const T* at_B = B + (kVariesB ? run.offset * pitch_B + n : (tile * p.dstate + n) * W);
-    const T* at_C = C + (kVariesC ? run.offset * pitch_C + n : (tile * p.dstate + n) * W);
-    return {run.count, a.direction[d].reverse ? -1 : 1, rows_u(d).at(tile, t0 + run.offset), rows_delta(d).at(tile, t0 + run.offset),
-            at_B, at_C, pitch_B, pitch_C, ahead.from(run.begin)};
+  Steps<T> steps(int d, int64_t tile, int64_t t0) {
+    const int64_t constant = tile * p.dstate * W;
+    return {0, a.direction[d].reverse ? -1 : 1, rows_u(d).at(tile, t0), rows_delta(d).at(tile, t0), B + (kVariesB ? 0 : constant),
+            C + (kVariesC ? 0 : constant), pitch_B, pitch_C, {}};
   }
 };
 

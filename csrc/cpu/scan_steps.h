@@ -26,15 +26,27 @@ struct LineRows {
   int64_t pitch;
   int count;
 
-  void ask() {
-    if (count-- > 0) prefetch_lines(row), row += pitch;
-  }
+  void ask() { prefetch_lines(row), row += pitch, --count; }
   LineRows from(int step) const { return {row + step * pitch, pitch, count - step}; }
 };
-struct Ahead {  // asked for step by step, so that the recurrence hides the wait
-  LineRows first, second;
-  void step() { first.ask(), second.ask(); }
-  Ahead from(int step) const { return {first.from(step), second.from(step)}; }
+struct Ahead {  // asked for row by row, one a step, so that the recurrence hides the wait
+  LineRows now, then;
+
+  void step() {
+    if (now.count <= 0) return;
+    now.ask();
+    if (now.count == 0) now = then, then.count = 0;
+  }
+  Ahead from(int step) const {
+    if (step < now.count) return {now.from(step), then};
+    return {then.from(step - now.count), {nullptr, 0, 0}};
+  }
+};
+
+struct Run {
+  int begin, count;  // steps of the chunk before it, and its own
+  int offset;        // first step relative to the chunk's lowest time
+  bool fresh;        // the sequence index changed: the state starts from zero
 };
 
 template <class T>
@@ -45,6 +57,15 @@ struct Steps {  // a run of `count` steps; pointers stand at its first one
   const T *B, *C;                     // see coefficient()
   int64_t pitch_B, pitch_C;           // from one time step to the next, where they vary
   Ahead ahead;
+
+  // Of the steps of a chunk, which stand at its lowest time: those of one run, for states n, n + 1, ...
+  template <bool kVariesB, bool kVariesC>
+  [[gnu::always_inline]] Steps of(const Run& run, int64_t n, const Ahead& lines) const {
+    constexpr int W = kLanes<T>;
+    const int64_t at = run.offset;
+    const T *at_B = B + (kVariesB ? at * pitch_B + n : n * W), *at_C = C + (kVariesC ? at * pitch_C + n : n * W);
+    return {run.count, direction, u + at * W, delta + at * W, at_B, at_C, pitch_B, pitch_C, run.begin ? lines.from(run.begin) : lines};
+  }
 };
 
 // y += C h along the run; h is updated. A2 = A log2(e). kSafe: see exp2_product.
@@ -75,15 +96,15 @@ inline void scan_steps(const Steps<T>& s, const T* A, const T* A2, T* h_io, T* y
   for (int k = 0; k < kCount; ++k) store(h_io + k * W, h[k]);
 }
 
-// The same recurrence, keeping what its gradient needs: decay exp(delta A) of each step, and the state before each step (and after
-// the last). y is accumulated only where the gradient of z wants it.
+// The same recurrence from state `h_in` (null: zeros), keeping what its gradient needs: decay exp(delta A) of each step, and the state
+// before each step (and after the last). y is accumulated only where the gradient of z wants it.
 template <class T, int kCount, bool kVariesB, bool kVariesC, bool kSafe, bool kNeedY>
-inline void recompute_steps(const Steps<T>& s, const T* A, const T* A2, T* h_io, T* y, T* decays, T* states) {
+inline void recompute_steps(const Steps<T>& s, const T* A, const T* A2, const T* h_in, T* y, T* decays, T* states) {
   constexpr int W = kLanes<T>;
   const int64_t step = s.direction * W, step_B = kVariesB ? s.direction * s.pitch_B : 0, step_C = kVariesC ? s.direction * s.pitch_C : 0;
   Vec<T> a[kCount], low[kCount], h[kCount];
   for (int k = 0; k < kCount; ++k) {
-    a[k] = load(A2 + k * W), h[k] = load(h_io + k * W);
+    a[k] = load(A2 + k * W), h[k] = h_in ? load(h_in + k * W) : Vec<T>{};
     if constexpr (!kSafe) low[k] = log2e_remainder<T>(load(A + k * W), a[k]);
     store(states + k * W, h[k]);
   }
@@ -106,7 +127,6 @@ inline void recompute_steps(const Steps<T>& s, const T* A, const T* A2, T* h_io,
     decays += kCount * W;
     u += step, delta += step, B += step_B, C += step_C;
   }
-  for (int k = 0; k < kCount; ++k) store(h_io + k * W, h[k]);
 }
 
 template <class T>

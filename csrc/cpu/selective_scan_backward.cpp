@@ -121,22 +121,20 @@ void store_gate(ScanTask<T>& k, Gradients<T>& g, int64_t t0, int64_t t1) {
 
 // One tile over one chunk, states n, n + 1, ... (kCount of them): recompute, then sweep.
 template <class T, bool kVariesB, bool kVariesC, int kCount>
-void backward_pass(ScanTask<T>& k, Gradients<T>& g, int d, int64_t chunk, int64_t t0, int64_t tile, int64_t n, T* sums, const Run* runs,
-                   int count, bool is_safe_tile, AheadList& ahead) {
+void backward_pass(ScanTask<T>& k, Gradients<T>& g, int d, int64_t chunk, int64_t t0, int64_t tile, int64_t n, const Steps<T>& steps, T* sums,
+                   const Run* runs, int count, bool is_safe_tile, AheadList& ahead) {
   constexpr int W = kLanes<T>, kRow = kCount * W, kSums = StepSums<T, kCount, kVariesB, kVariesC>::kVectors * W;
   const T *A = k.state(k.A[d], tile, n), *A2 = k.state(k.A2[d], tile, n);
   T *dh = k.state(g.dh, tile, n), *dA = k.state(g.dA[d], tile, n);
-  alignas(64) T h[kRow];
-  memcpy(h, k.kept(k.a.direction[d].states, chunk, tile) + n * W, sizeof h);
+  const T* kept = k.kept(k.a.direction[d].states, chunk, tile) + n * W;  // later runs start from zero
   Ahead lines = ahead.next();
   with_safe<T>(is_safe_tile, [&](auto safe) {
     with_bool(k.a.dz || k.a.out, [&](auto with_y) {
       for (int r = 0; r < count; ++r) {  // decays of run r start at its first step, its states r slots later
         const int begin = runs[r].begin;
-        if (runs[r].fresh) memset(h, 0, sizeof h);
         recompute_steps<T, kCount, kVariesB, kVariesC, decltype(safe)::value, decltype(with_y)::value>(
-            k.template steps<kVariesB, kVariesC>(d, tile, t0, n, runs[r], lines), A, A2, h, k.y.at(tile, t0 + runs[r].offset), g.decays + begin * kRow,
-            g.states + (begin + r) * kRow);
+            steps.template of<kVariesB, kVariesC>(runs[r], n, lines), A, A2, runs[r].fresh ? nullptr : kept, k.y.at(tile, t0 + runs[r].offset),
+            g.decays + begin * kRow, g.states + (begin + r) * kRow);
       }
     });
   });
@@ -148,7 +146,7 @@ void backward_pass(ScanTask<T>& k, Gradients<T>& g, int d, int64_t chunk, int64_
       const Sweep<T> sweep{g.dy.at(tile, t0 + runs[r].offset), g.dx + at, g.ddecay + at, g.decays + begin * kRow,
                            g.states + (begin + r) * kRow, sums + begin * kSums, k.state(g.dB[d], tile, n), k.state(g.dC[d], tile, n), dh, dA,
                            k.valid(tile), n == 0};
-      sweep_steps<T, kCount, kVariesB, kVariesC, decltype(whole)::value>(k.template steps<kVariesB, kVariesC>(d, tile, t0, n, runs[r], lines), sweep, A);
+      sweep_steps<T, kCount, kVariesB, kVariesC, decltype(whole)::value>(steps.template of<kVariesB, kVariesC>(runs[r], n, lines), sweep, A);
       if (runs[r].fresh) memset(dh, 0, sizeof(T) * kRow);
     }
   });
@@ -262,9 +260,10 @@ void backward_direction(ScanTask<T>& k, Gradients<T>& g, int d, const Partials<T
     if (kVariesB || kVariesC) memset(g.sums, 0, size_t(g.sums_of(p)) * sizeof(T));
     for (int64_t tile = 0; tile < k.tiles; ++tile) {
       const bool safe = is_safe(k.rows_delta(d).at(tile, t0), t1 - t0, k.steepest[d] + tile * kLanes<T>);
+      const Steps<T> steps = k.template steps<kVariesB, kVariesC>(d, tile, t0);
       T* sums = g.sums;
       for_states<kStates>(p.dstate, [&](int64_t n, auto states) {
-        backward_pass<T, kVariesB, kVariesC, decltype(states)::value>(k, g, d, chunk, t0, tile, n, sums, runs, count, safe, ahead);
+        backward_pass<T, kVariesB, kVariesC, decltype(states)::value>(k, g, d, chunk, t0, tile, n, steps, sums, runs, count, safe, ahead);
         sums += kChunk * g.kMaxVectors * kLanes<T>;
       });
     }

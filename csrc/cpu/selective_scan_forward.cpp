@@ -58,6 +58,7 @@ void forward_direction(ScanTask<T>& k, int d) {
       for (int64_t tile = part.first; tile < part.end(); ++tile) {
         if (dir.states) memcpy(k.kept(dir.states, chunk, tile), k.state(k.h, tile, 0), size_t(p.dstate) * W * sizeof(T));
         const bool safe_tile = is_safe(k.rows_delta(d).at(tile, t0), t1 - t0, k.steepest[d] + tile * W);
+        const Steps<T> steps = k.template steps<kVariesB, kVariesC>(d, tile, t0);
         for_states<kForwardStates>(p.dstate, [&](int64_t n, auto states) {
           constexpr int N = decltype(states)::value;
           const T *A = k.state(k.A[d], tile, n), *A2 = k.state(k.A2[d], tile, n);
@@ -66,7 +67,7 @@ void forward_direction(ScanTask<T>& k, int d) {
           with_safe<T>(safe_tile, [&](auto safe) {
             for (int r = 0; r < count; ++r) {
               if (runs[r].fresh) memset(h, 0, sizeof(T) * W * N);
-              scan_steps<T, N, kVariesB, kVariesC, decltype(safe)::value>(k.template steps<kVariesB, kVariesC>(d, tile, t0, n, runs[r], lines), A, A2, h,
+              scan_steps<T, N, kVariesB, kVariesC, decltype(safe)::value>(steps.template of<kVariesB, kVariesC>(runs[r], n, lines), A, A2, h,
                                                                           k.y.at(tile, t0 + runs[r].offset));
             }
           });
