@@ -32,7 +32,7 @@ struct LineRows {
 struct Ahead {  // asked for row by row, one a step, so that the recurrence hides the wait
   LineRows now, then;
 
-  void step() {
+  [[gnu::always_inline]] void step() {  // a call in the inner loops otherwise
     if (now.count <= 0) return;
     now.ask();
     if (now.count == 0) now = then, then.count = 0;
