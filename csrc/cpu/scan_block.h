@@ -204,7 +204,7 @@ struct ScanTask {
         for (int64_t n = 0; n < p.dstate; ++n) {
           const Vec<T> a2 = load(state(A[d], tile, n)) * T(1.4426950408889634);
           store(state(A2[d], tile, n), a2);
-          lowest = select(a2 <= lowest, a2, select(a2 <= T(0), lowest, splat(T(NAN))));  // once NaN, no comparison is true again
+          lowest = select(a2 <= lowest, a2, select(a2 <= T(0), lowest, splat(T(NAN))));  // NaN stays: nothing is below it
         }
         store(steepest[d] + tile * W, lowest);
       }
