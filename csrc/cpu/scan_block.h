@@ -110,14 +110,16 @@ class AheadList {
       all_[count_++] = {begin + row * pitch, pitch, int(rows - row < kChunk ? rows - row : kChunk)};
   }
   void deal(int64_t passes) { each_ = (count_ + passes - 1) / passes; }
-  // What the next pass asks for; if its steps are too few for all of it, the others are asked for now.
-  Ahead next() {
-    const int64_t end = at_ + each_ < count_ ? at_ + each_ : count_;
-    const LineRows none{nullptr, 0, 0}, now = at_ < end ? all_[at_++] : none;
-    const Ahead ahead{now, at_ < end && now.count + all_[at_].count <= kChunk ? all_[at_++] : none};
-    for (; at_ < end; ++at_)
-      while (all_[at_].count > 0) all_[at_].ask();
-    return ahead;
+  // What the next pass asks for, at most so many rows a step; what is left over then is asked for now.
+  Ahead next(int rows_a_step) {
+    const int64_t first = at_, end = at_ + each_ < count_ ? at_ + each_ : count_;
+    int rows = 0;
+    while (at_ < end && rows + all_[at_].count <= rows_a_step * kChunk) rows += all_[at_++].count;
+    const int taken = int(at_ - first);
+    for (int64_t i = at_; i < end; ++i)
+      while (all_[i].count > 0) all_[i].ask();
+    at_ = end;
+    return {taken ? all_[first] : LineRows{nullptr, 0, 0}, all_ + first + 1, taken - 1, rows > kChunk};
   }
 
  private:

@@ -27,19 +27,31 @@ struct LineRows {
   int count;
 
   void ask() { prefetch_lines(row), row += pitch, --count; }
-  LineRows from(int step) const { return {row + step * pitch, pitch, count - step}; }
+  LineRows from(int rows) const { return {row + rows * pitch, pitch, count - rows}; }
 };
-struct Ahead {  // asked for row by row, one a step, so that the recurrence hides the wait
-  LineRows now, then;
+struct Ahead {  // asked for row by row, one a step or two, so that the recurrence hides the wait
+  LineRows now;
+  const LineRows* then;  // and `left` more after it
+  int left;
+  bool two;
 
-  [[gnu::always_inline]] void step() {  // a call in the inner loops otherwise
+  [[gnu::always_inline]] void row() {  // a call in the inner loops otherwise
     if (now.count <= 0) return;
     now.ask();
-    if (now.count == 0) now = then, then.count = 0;
+    turn();
+  }
+  [[gnu::always_inline]] void turn() {
+    if (now.count == 0 && left > 0) now = *then++, --left;
   }
   Ahead from(int step) const {
-    if (step < now.count) return {now.from(step), then};
-    return {then.from(step - now.count), {nullptr, 0, 0}};
+    Ahead later = *this;
+    for (int rows = two ? 2 * step : step; rows > 0 && later.now.count > 0;) {
+      const int count = later.now.count < rows ? later.now.count : rows;
+      later.now = later.now.from(count);
+      later.turn();
+      rows -= count;
+    }
+    return later;
   }
 };
 
@@ -81,7 +93,8 @@ inline void scan_steps(const Steps<T>& s, const T* A, const T* A2, T* h_io, T* y
   const T *u = s.u, *delta = s.delta, *B = s.B, *C = s.C;
   Ahead ahead = s.ahead;
   for (int i = 0; i < s.count; ++i) {
-    ahead.step();
+    ahead.row();
+    if (ahead.two) ahead.row();
     const Vec<T> d = load(delta), x = d * load(u);
     Vec<T> sum = load(y);
 #pragma GCC unroll 8
@@ -112,7 +125,7 @@ inline void recompute_steps(const Steps<T>& s, const T* A, const T* A2, const T*
   Ahead ahead = s.ahead;
   for (int i = 0; i < s.count; ++i) {
     states += kCount * W;
-    ahead.step();
+    ahead.row();
     const Vec<T> d = load(delta), x = d * load(u);
     Vec<T> sum = kNeedY ? load(y) : Vec<T>{};
 #pragma GCC unroll 4
@@ -166,7 +179,7 @@ inline void sweep_steps(const Steps<T>& s, const Sweep<T>& g, const T* A) {
     a[k] = load(A + k * W), dh[k] = load(g.dh + k * W), dA[k] = load(g.dA + k * W), h[k] = load(states + (kCount + k) * W);
   }
   for (int i = last; i >= 0; --i) {
-    ahead.step();
+    ahead.row();
     const Vec<T> d = load(delta), x = d * load(u), gy = load(dy);
     Vec<T> sum_x = first ? Vec<T>{} : load(dx), sum_delta = first ? Vec<T>{} : load(ddelta);
     Vec<T> parts[Sums::kValues + 1];

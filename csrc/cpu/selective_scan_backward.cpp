@@ -127,7 +127,7 @@ void backward_pass(ScanTask<T>& k, Gradients<T>& g, int d, int64_t chunk, int64_
   const T *A = k.state(k.A[d], tile, n), *A2 = k.state(k.A2[d], tile, n);
   T *dh = k.state(g.dh, tile, n), *dA = k.state(g.dA[d], tile, n);
   const T* kept = k.kept(k.a.direction[d].states, chunk, tile) + n * W;  // later runs start from zero
-  Ahead lines = ahead.next();
+  Ahead lines = ahead.next(1);
   with_safe<T>(is_safe_tile, [&](auto safe) {
     with_bool(k.a.dz || k.a.out, [&](auto with_y) {
       for (int r = 0; r < count; ++r) {  // decays of run r start at its first step, its states r slots later
@@ -138,7 +138,7 @@ void backward_pass(ScanTask<T>& k, Gradients<T>& g, int d, int64_t chunk, int64_
       }
     });
   });
-  lines = ahead.next();
+  lines = ahead.next(1);
   with_bool(k.valid(tile) == W, [&](auto whole) {
     for (int r = count - 1; r >= 0; --r) {
       const int begin = runs[r].begin;

@@ -63,7 +63,7 @@ void forward_direction(ScanTask<T>& k, int d) {
           constexpr int N = decltype(states)::value;
           const T *A = k.state(k.A[d], tile, n), *A2 = k.state(k.A2[d], tile, n);
           T* h = k.state(k.h, tile, n);
-          const Ahead lines = ahead.next();
+          const Ahead lines = ahead.next(2);
           with_safe<T>(safe_tile, [&](auto safe) {
             for (int r = 0; r < count; ++r) {
               if (runs[r].fresh) memset(h, 0, sizeof(T) * W * N);
