@@ -5,6 +5,15 @@
 
 namespace pixelbytes {
 
+// (batch, dstate, seqlen) as one group of (batch, groups, dstate, seqlen).
+inline Tensor with_groups(Tensor t) {
+  if (t.ndim != 3) return t;
+  t.ndim = 4;
+  for (int i = 3; i > 1; --i) t.size[i] = t.size[i - 1], t.stride[i] = t.stride[i - 1];
+  t.size[1] = 1;
+  return t;
+}
+
 // The members in the order of the Python tuples (see ops/selective_scan/cpu.py); those at the end may be missing.
 inline ScanDirection scan_direction(const pybind11::tuple& t) {
   ScanDirection d;
@@ -16,6 +25,7 @@ inline ScanDirection scan_direction(const pybind11::tuple& t) {
     if (i == t.size()) break;
     *member = t[i++].cast<Tensor>();
   }
+  d.B = with_groups(d.B), d.C = with_groups(d.C);
   return d;
 }
 

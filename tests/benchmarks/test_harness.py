@@ -139,6 +139,18 @@ def test_parts_of_the_scans(monkeypatch, part, name):
         assert 0.01 < row.value < 100, row.note
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+def test_memory_part_of_the_scans(monkeypatch):
+    """Bytes kept at both sizes, peak memory at the second one; the plain formulation keeps all states and takes more of each."""
+    monkeypatch.setitem(scans.CASES, "cpu", [(1, 33, 16), (4, 256, 64)])
+    rows = list(scans.memory(Setup(quick=True), "bidirectional_selective_scan"))
+    found = {(row.what.split(" ")[0], row.sizes.split(" ")[0], row.contestant): row.value for row in rows}
+    for of in (("saved", "batch=1"), ("saved", "batch=4"), ("peak", "batch=4")):
+        assert 2 * found[*of, OURS] < found[*of, "pscan"] < math.inf, found
+    inputs_alone = 3 + 2 * scans.DSTATE / 64  # u, delta, z; B and C
+    assert inputs_alone < found["saved", "batch=4", OURS] < 7.2
+
+
 def test_what_fails_at_full_size_is_a_row_with_the_reason():
     def fails() -> dict[str, float]:
         raise MemoryError("not enough")

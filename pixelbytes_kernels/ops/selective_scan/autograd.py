@@ -20,7 +20,10 @@ from ..._autograd import once_differentiable
 
 
 class Direction(NamedTuple):
-    """One direction of a scan. In the second one None means: shared with the first. B, C: (dim, dstate) or 4-D."""
+    """One direction of a scan. In the second one None means: shared with the first.
+
+    B, C: (dim, dstate) or (batch, groups, dstate, seqlen); for the backend cpu also (batch, dstate, seqlen), since views take their time.
+    """
 
     u: Tensor | None
     delta: Tensor | None
@@ -72,14 +75,19 @@ def compute_dtype(u: Tensor) -> torch.dtype:
     return torch.float64 if u.dtype == torch.float64 else torch.float32
 
 
-def directions_of(tensors: tuple[Tensor | None, ...], bidirectional: bool, reverse: bool) -> tuple[Direction, ...]:
-    """From the tensors as FIRST, and SECOND where `bidirectional`."""
-    u, delta, A, B, C, D, delta_bias, initial_state = tensors[:8]
-    first = Direction(u, delta, A, with_groups(B), with_groups(C), D, delta_bias, initial_state, reverse)
-    if not bidirectional:
-        return (first,)
-    u, delta, A, B, C, D, delta_bias = tensors[8:15]
-    return first, Direction(u, delta, A, with_groups(B), with_groups(C), D, delta_bias, None, not reverse)
+def directions_of(
+    tensors: tuple[Tensor | None, ...], bidirectional: bool, reverse: bool, grouped: bool = True
+) -> tuple[Direction, ...]:
+    """From the tensors as FIRST, and SECOND where `bidirectional`. `grouped`: B and C that vary get their axis of groups."""
+
+    def direction(of: tuple[Tensor | None, ...], initial_state: Tensor | None, reverse: bool) -> Direction:
+        u, delta, A, B, C, D, delta_bias = of
+        if grouped:
+            B, C = with_groups(B), with_groups(C)
+        return Direction(u, delta, A, B, C, D, delta_bias, initial_state, reverse)
+
+    first = direction(tensors[:7], tensors[7], reverse)
+    return (first, direction(tensors[8:15], None, not reverse)) if bidirectional else (first,)
 
 
 def scan(
@@ -130,7 +138,7 @@ class Scan(torch.autograd.Function):
         *tensors: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         keep = any(ctx.needs_input_grad)
-        directions = directions_of(tensors, len(tensors) > len(FIRST), reverse)
+        directions = directions_of(tensors, len(tensors) > len(FIRST), reverse, grouped=backend != "cpu")
         out, last_state, states = implementation(backend).forward(directions, z, seq_idx, options, keep)
         ctx.save_for_backward(states, seq_idx, z, *tensors)
         ctx.config = backend, options, reverse
@@ -144,14 +152,15 @@ class Scan(torch.autograd.Function):
         states, seq_idx, z, *tensors = ctx.saved_tensors
         if dout is None:
             dout = torch.zeros_like(tensors[0], dtype=options.out_dtype)
-        directions = directions_of(tuple(tensors), len(tensors) > len(FIRST), reverse)
+        grouped = backend != "cpu"
+        directions = directions_of(tuple(tensors), len(tensors) > len(FIRST), reverse, grouped)
         needs = ctx.needs_input_grad
         grads, dz, _ = implementation(backend).backward(
             directions, z, seq_idx, options, states, dout, dlast_state, needs[5:], needs[4]
         )
-        # Of B and C without the axis that with_groups put in.
-        own = [g.squeeze(1) if g is not None and g.ndim > t.ndim else g for g, t in zip(grads, tensors, strict=True)]
-        return (None, None, None, None, dz, *own)
+        if grouped:  # of B and C without the axis that with_groups put in
+            grads = [g.squeeze(1) if g is not None and g.ndim > t.ndim else g for g, t in zip(grads, tensors, strict=True)]
+        return (None, None, None, None, dz, *grads)
 
 
 # ---- registered ops ---------------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ from ..._autograd import in_dtype_of
 from ..._backend import load_extension
 from .autograd import Direction, Options, compute_dtype, states_size, tensors_of, with_own_delta
 
+COEFFICIENTS = (3, 4)  # B and C in a direction's tensors
+
 
 def states_shape(batch: int, groups: int, dim: int, seqlen: int, dstate: int, dtype: torch.dtype) -> tuple[int, ...]:
     """One state a chunk, channels padded to whole vectors in every group."""
@@ -80,12 +82,12 @@ def backward(
         if lent:
             need[1] = needs[1]
         results = [
-            None if t is None or not n else torch.empty_like(t) if k < 2 else gradient_room(t, dtype)
+            None if t is None or not n else torch.empty_like(t) if k < 2 else gradient_room(t, dtype, k in COEFFICIENTS)
             for k, (t, n) in enumerate(zip(tensors, need, strict=True))
         ]
         kept = states[i] if u.numel() else None
         packed.append((d.reverse, *d.tensors, None, kept, dlast_state if i == 0 else None, *results))
-        grads += [g.transpose(-1, -2) if g is not None and g.ndim == 4 else g for g in results]
+        grads += [g.mT if g is not None and g.ndim > 2 and k in COEFFICIENTS else g for k, g in enumerate(results)]
     if dz is None and needs_z and z is not None:
         dz = torch.empty_like(z)
     if u.numel() == 0:
@@ -113,9 +115,9 @@ def backward(
     return [in_dtype_of(t, g) for g, t in zip(grads, flat, strict=True)], dz, out
 
 
-def gradient_room(t: Tensor, dtype: torch.dtype) -> Tensor:
+def gradient_room(t: Tensor, dtype: torch.dtype, coefficient: bool) -> Tensor:
     """Contiguous. Coefficients that vary in time get their gradient with the state innermost, as the kernel writes it."""
-    if t.ndim == 4:
-        batch, groups, dstate, seqlen = t.shape
-        return t.new_empty((batch, groups, seqlen, dstate), dtype=dtype)
+    if coefficient and t.ndim > 2:
+        *batch, dstate, seqlen = t.shape
+        return t.new_empty((*batch, seqlen, dstate), dtype=dtype)
     return torch.empty_like(t, dtype=dtype, memory_format=torch.contiguous_format)
