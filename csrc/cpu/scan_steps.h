@@ -41,7 +41,7 @@ struct Ahead {  // asked for row by row, one a step or two, so that the recurren
     turn();
   }
   [[gnu::always_inline]] void turn() {
-    if (now.count == 0 && left > 0) now = *then++, --left;
+    if (__builtin_expect(now.count == 0, 0) && left > 0) now = *then++, --left;
   }
   Ahead from(int step) const {
     Ahead later = *this;
