@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from benchmarks import plain
 from benchmarks.harness import OURS, Setup
 from pixelbytes_kernels import available_backends
 from pixelbytes_kernels._backend import choose_backend
@@ -20,6 +21,7 @@ from pixelbytes_kernels._backend import choose_backend
 # name: distributions that bring it, modules that hold what is called, in the order in which they are tried
 PEERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "mamba-ssm": (("mamba-ssm",), ("mamba_ssm.ops.selective_scan_interface",)),
+    "mambapy": (("mambapy",), ("mambapy.pscan",)),
     "causal-conv1d": (("causal-conv1d",), ("causal_conv1d",)),
     "flash-linear-attention": (
         ("flash-linear-attention", "fla-core"),
@@ -83,11 +85,16 @@ def backends(setup: Setup, op: str, call: Callable[..., Any]) -> dict[str, Calla
 
 
 def peer_scans(bidirectional: bool) -> dict[str, Callable[..., Tensor]]:
-    """mamba_ssm's scan; both directions are two scans with flips, as its users do it."""
-    module, _ = peer("mamba-ssm")
-    if module is None:
-        return {}
-    scan = module.selective_scan_fn
+    """mamba_ssm's scan, and mamba.py's parallel scan in PyTorch; both directions are two scans with flips, as their users do it."""
+    found: dict[str, Callable[..., Tensor]] = {}
+    mamba_py, _ = peer("mambapy")
+    if mamba_py is not None:
+        states = functools.partial(plain.parallel_states, scan=mamba_py.pscan)
+        found["mambapy"] = plain.scan_op(states, bidirectional)
+    mamba_ssm, _ = peer("mamba-ssm")
+    if mamba_ssm is None:
+        return found
+    scan = mamba_ssm.selective_scan_fn
 
     def op(
         u: Tensor,
@@ -109,7 +116,7 @@ def peer_scans(bidirectional: bool) -> dict[str, Callable[..., Tensor]]:
             out = out + one_way(*flipped).flip(-1)  # type: ignore[arg-type]
         return out
 
-    return {"mamba-ssm": op}
+    return {**found, "mamba-ssm": op}
 
 
 def peer_convolutions() -> dict[str, Callable[..., Tensor]]:

@@ -47,6 +47,7 @@ def at_most(must: float, aim: float | None = None) -> Goal:
 def _scan(sizes: str, pscan: tuple[float, float], compiled: tuple[float, float]) -> list[Target]:
     return [
         Target(SCANS, BOTH, (sizes,), "pscan", Goal(*pscan)),
+        Target(SCANS, BOTH, (sizes,), "mambapy", Goal(*pscan)),  # the package whose formulation pscan is
         Target(SCANS, BOTH, (sizes,), "compile", Goal(*compiled)),
     ]
 

@@ -86,11 +86,23 @@ class ParallelScan(torch.autograd.Function):
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def parallel_states(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
-    """u, delta (batch, seqlen, dim), B, C (batch, seqlen, dstate) -> y (batch, seqlen, dim)."""
+def parallel_scan(decay: Tensor, increment: Tensor) -> Tensor:
+    """decay, increment (batch, seqlen, dim, dstate) -> every state."""
+    return ParallelScan.apply(decay.transpose(1, 2), increment.transpose(1, 2)).transpose(1, 2)
+
+
+def parallel_states(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    scan: Callable[[Tensor, Tensor], Tensor] = parallel_scan,
+) -> Tensor:
+    """u, delta (batch, seqlen, dim), B, C (batch, seqlen, dstate) -> y (batch, seqlen, dim); `scan` as `parallel_scan`."""
     decay = torch.exp(delta[..., None] * A)  # (batch, seqlen, dim, dstate)
     increment = (delta[..., None] * B[:, :, None]) * u[..., None]
-    states = ParallelScan.apply(decay.transpose(1, 2), increment.transpose(1, 2)).transpose(1, 2)
+    states = scan(decay, increment)
     return (states @ C[..., None]).squeeze(-1)
 
 

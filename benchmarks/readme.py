@@ -43,7 +43,7 @@ RESULTS = Path("benchmarks/results")
 DOCS = Path("docs/benchmarks.md")
 PLOTS = Path("docs/benchmarks")
 BESIDE = (  # the contestants in the order of the columns
-    "pscan", "compile", "F.conv1d", "reference", "torch", "triton", "cuda", "mamba-ssm", "causal-conv1d",
+    "pscan", "mambapy", "compile", "F.conv1d", "reference", "torch", "triton", "cuda", "mamba-ssm", "causal-conv1d",
     "flash-linear-attention", "ours, CUDA graph",
 )  # fmt: skip
 

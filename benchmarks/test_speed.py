@@ -28,7 +28,7 @@ pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark: pip inst
 
 DEVICES = ("cpu", "cuda")
 MODES = ("forward", "backward", "both")
-NAMES = (OURS, "torch", "triton", "cuda", "pscan", "F.conv1d", "reference", "mamba-ssm", "causal-conv1d")
+NAMES = (OURS, "torch", "triton", "cuda", "pscan", "mambapy", "F.conv1d", "reference", "mamba-ssm", "causal-conv1d")
 BATCH, SEQLEN, DIM = 2, 256, 128
 
 

@@ -66,6 +66,17 @@ def test_mamba_ssm_takes_part_with_its_arguments(installed, both_ways):
     assert "mamba-ssm 9.9" in contestants.peer_versions()
 
 
+@pytest.mark.parametrize("both_ways", [False, True])
+@pytest.mark.parametrize("seqlen", [1, 9, 16])
+def test_mamba_py_takes_part(both_ways, seqlen):
+    """The package itself, which runs on any machine: its scan is right by the same contract as ours."""
+    pytest.importorskip("mambapy", reason="mambapy is not installed")
+    name = "bidirectional_selective_scan" if both_ways else "selective_scan"
+    entrants = scans.contestants(Setup(), name)
+    assert_matches(entrants["mambapy"], scans.OPS[name][1], scan_inputs(2, 3, seqlen, 4))
+    assert "mambapy 1." in contestants.peer_versions()
+
+
 def test_convolutions_take_part_with_their_layouts(installed):
     def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, activation=None):
         return causal_conv1d_ref(x, weight, bias, activation)
@@ -82,7 +93,7 @@ def test_convolutions_take_part_with_their_layouts(installed):
 
 
 def test_who_is_left_out_takes_no_part():
-    setup = Setup(without=("torch", "compile", "pscan"))
+    setup = Setup(without=("torch", "compile", "pscan", "mambapy"))
     chosen = scans.chosen(setup, "selective_scan", scans.sizes_of(1, 8, 4))
     assert chosen == [OURS, "reference"]
     assert "torch" not in bench_causal_conv1d.contestants(setup)

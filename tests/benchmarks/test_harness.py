@@ -146,7 +146,7 @@ def test_memory_part_of_the_scans(monkeypatch):
     rows = list(scans.memory(Setup(quick=True), "bidirectional_selective_scan"))
     found = {(row.what.split(" ")[0], row.sizes.split(" ")[0], row.contestant): row.value for row in rows}
     for of in (("saved", "batch=1"), ("saved", "batch=4"), ("peak", "batch=4")):
-        assert 2 * found[*of, OURS] < found[*of, "pscan"] < math.inf, found
+        assert 2 * found[(*of, OURS)] < found[(*of, "pscan")] < math.inf, found
     inputs_alone = 3 + 2 * scans.DSTATE / 64  # u, delta, z; B and C
     assert inputs_alone < found["saved", "batch=4", OURS] < 7.2
 

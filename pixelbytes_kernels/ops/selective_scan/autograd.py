@@ -159,7 +159,9 @@ class Scan(torch.autograd.Function):
             directions, z, seq_idx, options, states, dout, dlast_state, needs[5:], needs[4]
         )
         if grouped:  # of B and C without the axis that with_groups put in
-            grads = [g.squeeze(1) if g is not None and g.ndim > t.ndim else g for g, t in zip(grads, tensors, strict=True)]
+            grads = [
+                g.squeeze(1) if g is not None and g.ndim > t.ndim else g for g, t in zip(grads, tensors, strict=True)
+            ]
         return (None, None, None, None, dz, *grads)
 
 
