@@ -12,6 +12,7 @@ any.
                   pscan       parallel prefix over time with its gradient by hand, in plain PyTorch
                   compile     torch.compile of the reference; of a chunked loop for scans (not with --quick)
                   F.conv1d    the convolution of PyTorch, then SiLU
+                  mambapy     the same prefix as the package mamba.py has it (pip install mambapy)
                   mamba-ssm, causal-conv1d, flash-linear-attention   where they are installed
 
 On a GPU times are those between CUDA events, with the L2 cache flushed and launches queued ahead; whole steps (decoding,

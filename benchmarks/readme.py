@@ -146,8 +146,9 @@ def gpu_block(name: str, records: Records) -> str:
 def cpu_block(records: Records) -> str:
     parts = [
         f"Every figure of these tables is a row of `{RESULTS / 'cpu.csv'}`; medians, measured on {made_by(records)}",
-        "Forward + backward unless it says otherwise. `pscan` is the parallel scan of pure PyTorch packages, `compile` "
-        "torch.compile of the reference (of a chunked loop for scans), `torch` our fallback without C++.",
+        "Forward + backward unless it says otherwise. `pscan` is the parallel scan of pure PyTorch packages in our own "
+        "writing, `mambapy` that of the package mamba.py, `compile` torch.compile of the reference (of a chunked loop "
+        "for scans), `torch` our fallback without C++.",
         speed_table(records),
         f"![how many times longer the others take]({PLOTS}/cpu/speed_float32.png)",
         "### Memory",
