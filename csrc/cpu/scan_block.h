@@ -59,6 +59,24 @@ inline int find_runs(const Tensor& seq_idx, int64_t batch, int64_t t0, int64_t t
   return n;
 }
 
+// Of a task: a batch row and a block of neighbouring channel tiles.
+struct Place {
+  int64_t batch, group, block, tile0, tiles, channel, channels;
+};
+template <class T>
+Place place_of(const Plan& p, int64_t task) {
+  constexpr int W = kLanes<T>;
+  Place at;
+  at.block = task % p.group_blocks;
+  at.group = task / p.group_blocks % p.groups;
+  at.batch = task / p.group_blocks / p.groups;
+  at.tile0 = at.block * p.block_tiles;
+  at.tiles = p.group_tiles - at.tile0 < p.block_tiles ? p.group_tiles - at.tile0 : p.block_tiles;
+  at.channel = at.group * p.group_dim + at.tile0 * W;
+  at.channels = p.group_dim - at.tile0 * W < at.tiles * W ? p.group_dim - at.tile0 * W : at.tiles * W;
+  return at;
+}
+
 struct Tiles {  // of a task
   int64_t first, count;
   int64_t end() const { return first + count; }
@@ -128,13 +146,19 @@ class AheadList {
   int64_t count_ = 0, at_ = 0, each_ = 0;
 };
 
-// One task: a batch row and a block of neighbouring channel tiles.
+// A chunk that is needed soon, of some direction of a task; none where it is negative.
+struct Soon {
+  Place at;
+  int direction;
+  int64_t chunk;
+};
+
 template <class T>
-struct ScanTask {
+struct ScanTask : Place {
   static constexpr int W = kLanes<T>;
   const ScanArgs& a;
   const Plan& p;
-  int64_t batch, group, block, tile0, tiles, channel, channels;
+  const int64_t task;
   bool separate_u, separate_delta;  // the second direction has its own
   Rows<T> u[2], delta[2], y;
   T *A[2], *A2[2], *D[2], *h;       // (tile, state, lane); D (tile, lane); A2 = A log2(e)
@@ -153,14 +177,8 @@ struct ScanTask {
             2 * kChunk * row_of_states(p)) * int64_t(sizeof(T)) + 18 * 128;
   }
 
-  ScanTask(const ScanArgs& args, const Plan& plan, int64_t task, Scratch& scratch) : a(args), p(plan) {
-    block = task % p.group_blocks;
-    group = task / p.group_blocks % p.groups;
-    batch = task / p.group_blocks / p.groups;
-    tile0 = block * p.block_tiles;
-    tiles = p.group_tiles - tile0 < p.block_tiles ? p.group_tiles - tile0 : p.block_tiles;
-    channel = group * p.group_dim + tile0 * W;
-    channels = p.group_dim - tile0 * W < tiles * W ? p.group_dim - tile0 * W : tiles * W;
+  ScanTask(const ScanArgs& args, const Plan& plan, int64_t number, Scratch& scratch)
+      : Place(place_of<T>(plan, number)), a(args), p(plan), task(number) {
     separate_u = a.directions == 2 && a.direction[1].u;
     separate_delta = a.directions == 2 && a.direction[1].delta;
     const int64_t states = tiles * p.dstate * W;
@@ -190,8 +208,9 @@ struct ScanTask {
   Rows<T>& rows_delta(int d) { return delta[separate_delta ? d : 0]; }
   T* state(T* base, int64_t tile, int64_t n) const { return base + (tile * p.dstate + n) * W; }
   // Where a direction's entry state of a chunk is kept between forward and backward.
-  T* kept(const Tensor& states, int64_t chunk, int64_t tile) const {
-    const int64_t tile_index = (batch * p.groups + group) * p.group_tiles + tile0 + tile;
+  T* kept(const Tensor& states, int64_t chunk, int64_t tile) const { return kept(states, *this, chunk, tile); }
+  T* kept(const Tensor& states, const Place& at, int64_t chunk, int64_t tile) const {
+    const int64_t tile_index = (at.batch * p.groups + at.group) * p.group_tiles + at.tile0 + tile;
     return reinterpret_cast<T*>(states.data) + (chunk * p.batch * p.groups * p.group_tiles + tile_index) * p.dstate * W;
   }
 
@@ -219,7 +238,10 @@ struct ScanTask {
     rows_delta(d).begin_chunk(t0);
   }
   Tiles all() const { return {0, tiles}; }
-  int64_t channels_of(Tiles part) const { return channels - part.first * W < part.count * W ? channels - part.first * W : part.count * W; }
+  int64_t channels_of(Tiles part) const { return channels_of(*this, part); }
+  static int64_t channels_of(const Place& at, Tiles part) {
+    return at.channels - part.first * W < part.count * W ? at.channels - part.first * W : part.count * W;
+  }
   void load_rows(const Tensor& from, Tiles part, int64_t t0, int64_t t1, const Block<T>& to) const {
     load_block<T>(plane(from, batch), channel + part.first * W, channels_of(part), t0, t1 - t0, to);
   }
@@ -256,22 +278,35 @@ struct ScanTask {
       }
     }
   }
-  void add_ahead(AheadList& ahead, const Tensor& t, Tiles part, int64_t chunk) const {
-    if (!t || chunk < 0 || chunk >= p.chunks) return;
-    ahead.add(plane(t, batch), channel + part.first * W, channels_of(part), chunk * kChunk, p.end_of(chunk) - chunk * kChunk);
-  }
-  void add_output_ahead(AheadList& ahead, const Tensor& t, Tiles part, int64_t chunk) const {
-    if (!should_stream<T>(t)) add_ahead(ahead, t, part, chunk);
-  }
-  void add_inputs_ahead(AheadList& ahead, int d, Tiles part, int64_t chunk) const {
-    if (d == 0 || separate_u) add_ahead(ahead, source(&ScanDirection::u, d), part, chunk);
-    if (d == 0 || separate_delta) add_ahead(ahead, source(&ScanDirection::delta, d), part, chunk);
-  }
 
-  void add_kept_ahead(AheadList& ahead, const Tensor& states, Tiles part, int64_t chunk) const {
-    if (!states || chunk < 0 || chunk >= p.chunks) return;
-    const int64_t bytes = part.count * p.dstate * W * int64_t(sizeof(T));
-    ahead.add(reinterpret_cast<const char*>(kept(states, chunk, part.first)), (bytes + 127) / 128, 128);
+  // `chunk` of direction d, where the walk goes next. Past the end of the row it is the first one of the other direction, or of the task that
+  // this thread will most likely take.
+  Soon soon(int d, int64_t chunk) const {
+    if (chunk >= 0 && chunk < p.chunks) return {*this, d, chunk};
+    const int64_t end = chunk < 0 ? 0 : p.chunks - 1, other_end = p.chunks - 1 - end;
+    if (d + 1 < a.directions) return {*this, d + 1, end};
+    if (task + a.threads >= p.tasks()) return {*this, d, -1};
+    return {place_of<T>(p, task + a.threads), 0, a.directions == 2 ? end : other_end};
+  }
+  void add_ahead(AheadList& ahead, const Tensor& t, Tiles part, const Soon& soon) const {
+    const int64_t channels = channels_of(soon.at, part);
+    if (!t || soon.chunk < 0 || channels <= 0) return;
+    const int64_t t0 = soon.chunk * kChunk;
+    ahead.add(plane(t, soon.at.batch), soon.at.channel + part.first * W, channels, t0, p.end_of(soon.chunk) - t0);
+  }
+  void add_output_ahead(AheadList& ahead, const Tensor& t, Tiles part, const Soon& soon) const {
+    if (!should_stream<T>(t)) add_ahead(ahead, t, part, soon);
+  }
+  // u, delta, and the kept state: read by the backward, written by the forward.
+  void add_inputs_ahead(AheadList& ahead, Tiles part, const Soon& soon) const {
+    const int d = soon.direction;
+    if (d == 0 || separate_u) add_ahead(ahead, source(&ScanDirection::u, d), part, soon);
+    if (d == 0 || separate_delta) add_ahead(ahead, source(&ScanDirection::delta, d), part, soon);
+    const Tensor& states = a.direction[d].states;
+    const int64_t tiles = soon.at.tiles - part.first < part.count ? soon.at.tiles - part.first : part.count;
+    if (!states || soon.chunk < 0 || tiles <= 0) return;
+    const int64_t bytes = tiles * p.dstate * W * int64_t(sizeof(T));
+    ahead.add(reinterpret_cast<const char*>(kept(states, soon.at, soon.chunk, part.first)), (bytes + 127) / 128, 128);
   }
 
   // Where a task's partial sums of dB or dC for step t are, in elements: (block, batch, group, time, state).
@@ -296,15 +331,16 @@ struct ScanTask {
     if (varies(&ScanDirection::B, d)) B = load_coefficient(source(&ScanDirection::B, d), B_scratch, &pitch_B, t0, t1);
     if (varies(&ScanDirection::C, d)) C = load_coefficient(source(&ScanDirection::C, d), C_scratch, &pitch_C, t0, t1);
   }
-  Plane coefficient_plane(const Tensor& t) const { return {t.at(batch, group), t.dtype, t.stride[2], t.stride[3]}; }
-  void add_coefficients_ahead(AheadList& ahead, int d, int64_t chunk) const {
-    if (chunk < 0 || chunk >= p.chunks) return;
+  static Plane coefficient_plane(const Tensor& t, const Place& at) { return {t.at(at.batch, at.group), t.dtype, t.stride[2], t.stride[3]}; }
+  void add_coefficients_ahead(AheadList& ahead, const Soon& soon) const {
+    if (soon.chunk < 0) return;
+    const int64_t t0 = soon.chunk * kChunk, steps = p.end_of(soon.chunk) - t0;
     Tensor ScanDirection::*members[] = {&ScanDirection::B, &ScanDirection::C};
     for (auto member : members)
-      if (varies(member, d)) ahead.add(coefficient_plane(source(member, d)), 0, p.dstate, chunk * kChunk, p.end_of(chunk) - chunk * kChunk);
+      if (varies(member, soon.direction)) ahead.add(coefficient_plane(source(member, soon.direction), soon.at), 0, p.dstate, t0, steps);
   }
   const T* load_coefficient(const Tensor& t, T* to, int64_t* pitch, int64_t t0, int64_t t1) const {
-    const Plane from = coefficient_plane(t);
+    const Plane from = coefficient_plane(t, *this);
     if (t.dtype == (sizeof(T) == 8 ? DType::f64 : DType::f32) && t.stride[2] == 1) {
       *pitch = t.stride[3];
       return reinterpret_cast<const T*>(from.at(0, t0));

@@ -48,12 +48,11 @@ void forward_direction(ScanTask<T>& k, int d) {
       k.begin_y(d, part, t0, t1);
       const bool turn = part.end() == k.tiles;
       const Tiles next_part{turn ? 0 : part.end(), step};
-      const int64_t next_chunk = turn ? (dir.reverse ? chunk - 1 : chunk + 1) : chunk;
+      const Soon soon = k.soon(d, turn ? (dir.reverse ? chunk - 1 : chunk + 1) : chunk);
       AheadList ahead;
-      k.add_inputs_ahead(ahead, d, next_part, next_chunk);
-      k.add_kept_ahead(ahead, dir.states, next_part, next_chunk);
-      if (last) k.add_ahead(ahead, k.a.z, next_part, next_chunk), k.add_output_ahead(ahead, k.a.out, next_part, next_chunk);
-      if (turn) k.add_coefficients_ahead(ahead, d, next_chunk);
+      k.add_inputs_ahead(ahead, next_part, soon);
+      if (soon.direction == k.a.directions - 1) k.add_ahead(ahead, k.a.z, next_part, soon), k.add_output_ahead(ahead, k.a.out, next_part, soon);
+      if (turn) k.add_coefficients_ahead(ahead, soon);
       ahead.deal(step * passes_of<kForwardStates>(p.dstate));
       for (int64_t tile = part.first; tile < part.end(); ++tile) {
         if (dir.states) memcpy(k.kept(dir.states, chunk, tile), k.state(k.h, tile, 0), size_t(p.dstate) * W * sizeof(T));
