@@ -74,7 +74,7 @@ def test_mamba_py_takes_part(both_ways, seqlen):
     name = "bidirectional_selective_scan" if both_ways else "selective_scan"
     entrants = scans.contestants(Setup(), name)
     assert_matches(entrants["mambapy"], scans.OPS[name][1], scan_inputs(2, 3, seqlen, 4))
-    assert "mambapy 1." in contestants.peer_versions()
+    assert "mambapy " in contestants.peer_versions()
 
 
 def test_convolutions_take_part_with_their_layouts(installed):
