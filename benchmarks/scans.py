@@ -237,8 +237,7 @@ def padding(setup: Setup, name: str) -> Iterator[Row]:
 
 def memory(setup: Setup, name: str) -> Iterator[Row]:
     what, unit = "saved for backward, inputs included", "elements of batch x seqlen x dim"
-    parallel = [c for c in ("pscan", "mambapy") if c in contestants(setup, name)]
-    plain_too = [c for c in ("torch", *parallel) if c in contestants(setup, name)]
+    plain_too = [c for c in ("torch", "pscan", "mambapy") if c in contestants(setup, name)]
     for case in CASES["cpu"][: 2 if setup.quick else 3]:
         sizes = sizes_of(*case)
         inputs, _ = leaves(scan_case(setup, sizes))
@@ -253,7 +252,8 @@ def memory(setup: Setup, name: str) -> Iterator[Row]:
         setup.report(f"{name} {words(sizes)}: peak memory")
         peaks = {
             c: peak_bytes(setup, name, c, sizes, functools.partial(workload, setup, name, c, sizes))
-            for c in (OURS, *parallel)
+            for c in (OURS, *plain_too)
+            if c != "torch"
         }
         yield from value_rows(setup, name, PEAK_OF[setup.kind], words(sizes), peaks, "bytes")
 

@@ -153,6 +153,7 @@ struct Soon {
   int64_t chunk;
 };
 
+// One task, with its tensors in scratch.
 template <class T>
 struct ScanTask : Place {
   static constexpr int W = kLanes<T>;
@@ -281,7 +282,7 @@ struct ScanTask : Place {
 
   // `chunk` of direction d, where the walk goes next. Past the end of the row it is the first one of the other direction, or of the task that
   // this thread will most likely take.
-  Soon soon(int d, int64_t chunk) const {
+  Soon following(int d, int64_t chunk) const {
     if (chunk >= 0 && chunk < p.chunks) return {*this, d, chunk};
     const int64_t end = chunk < 0 ? 0 : p.chunks - 1, other_end = p.chunks - 1 - end;
     if (d + 1 < a.directions) return {*this, d + 1, end};
@@ -289,10 +290,10 @@ struct ScanTask : Place {
     return {place_of<T>(p, task + a.threads), 0, a.directions == 2 ? end : other_end};
   }
   void add_ahead(AheadList& ahead, const Tensor& t, Tiles part, const Soon& soon) const {
-    const int64_t channels = channels_of(soon.at, part);
-    if (!t || soon.chunk < 0 || channels <= 0) return;
+    const int64_t count = channels_of(soon.at, part);  // none where that task has fewer tiles
+    if (!t || soon.chunk < 0 || count <= 0) return;
     const int64_t t0 = soon.chunk * kChunk;
-    ahead.add(plane(t, soon.at.batch), soon.at.channel + part.first * W, channels, t0, p.end_of(soon.chunk) - t0);
+    ahead.add(plane(t, soon.at.batch), soon.at.channel + part.first * W, count, t0, p.end_of(soon.chunk) - t0);
   }
   void add_output_ahead(AheadList& ahead, const Tensor& t, Tiles part, const Soon& soon) const {
     if (!should_stream<T>(t)) add_ahead(ahead, t, part, soon);
@@ -303,9 +304,9 @@ struct ScanTask : Place {
     if (d == 0 || separate_u) add_ahead(ahead, source(&ScanDirection::u, d), part, soon);
     if (d == 0 || separate_delta) add_ahead(ahead, source(&ScanDirection::delta, d), part, soon);
     const Tensor& states = a.direction[d].states;
-    const int64_t tiles = soon.at.tiles - part.first < part.count ? soon.at.tiles - part.first : part.count;
-    if (!states || soon.chunk < 0 || tiles <= 0) return;
-    const int64_t bytes = tiles * p.dstate * W * int64_t(sizeof(T));
+    const int64_t tile_count = (channels_of(soon.at, part) + W - 1) / W;
+    if (!states || soon.chunk < 0 || tile_count <= 0) return;
+    const int64_t bytes = tile_count * p.dstate * W * int64_t(sizeof(T));
     ahead.add(reinterpret_cast<const char*>(kept(states, soon.at, soon.chunk, part.first)), (bytes + 127) / 128, 128);
   }
 

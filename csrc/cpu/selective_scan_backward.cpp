@@ -244,7 +244,7 @@ void backward_direction(ScanTask<T>& k, Gradients<T>& g, int d, const Partials<T
     k.load_coefficients(d, t0, t1);
     AheadList ahead;
     auto output = [&](const Tensor& t) { k.add_output_ahead(ahead, t, k.all(), {k, d, chunk}); };
-    const Soon soon = k.soon(d, dir.reverse ? chunk + 1 : chunk - 1);
+    const Soon soon = k.following(d, dir.reverse ? chunk + 1 : chunk - 1);
     k.add_inputs_ahead(ahead, k.all(), soon);
     if (soon.direction == 0) k.add_ahead(ahead, k.a.dout, k.all(), soon), k.add_ahead(ahead, k.a.z, k.all(), soon);
     if (last || k.separate_u) output(k.a.direction[k.separate_u ? d : 0].du);

@@ -48,7 +48,7 @@ void forward_direction(ScanTask<T>& k, int d) {
       k.begin_y(d, part, t0, t1);
       const bool turn = part.end() == k.tiles;
       const Tiles next_part{turn ? 0 : part.end(), step};
-      const Soon soon = k.soon(d, turn ? (dir.reverse ? chunk - 1 : chunk + 1) : chunk);
+      const Soon soon = k.following(d, turn ? (dir.reverse ? chunk - 1 : chunk + 1) : chunk);
       AheadList ahead;
       k.add_inputs_ahead(ahead, next_part, soon);
       if (soon.direction == k.a.directions - 1) k.add_ahead(ahead, k.a.z, next_part, soon), k.add_output_ahead(ahead, k.a.out, next_part, soon);

@@ -69,8 +69,7 @@ def test_mamba_ssm_takes_part_with_its_arguments(installed, both_ways):
 @pytest.mark.parametrize("both_ways", [False, True])
 @pytest.mark.parametrize("seqlen", [1, 9, 16])
 def test_mamba_py_takes_part(both_ways, seqlen):
-    """The package itself, which runs on any machine: its scan is right by the same contract as ours."""
-    pytest.importorskip("mambapy", reason="mambapy is not installed")
+    """The package itself, which runs on any machine and is part of the extra `test`: right by the same contract as ours."""
     name = "bidirectional_selective_scan" if both_ways else "selective_scan"
     entrants = scans.contestants(Setup(), name)
     assert_matches(entrants["mambapy"], scans.OPS[name][1], scan_inputs(2, 3, seqlen, 4))
